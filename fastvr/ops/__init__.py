@@ -1,0 +1,1 @@
+"""The ops: contract, validation, allocation, choice of implementation, gradient."""

@@ -1,0 +1,63 @@
+"""Validation that the ops share: one ValueError that names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def operand(op: str, name: str, tensor: torch.Tensor) -> None:
+    """``tensor`` is a Tensor of a floating dtype."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{op}: {name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}")
+
+
+def companion(
+    op: str,
+    name: str,
+    tensor: torch.Tensor | None,
+    shape: tuple[int, ...],
+    x: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    meaning: str = "",
+) -> None:
+    """``tensor`` is None, or a floating tensor of ``shape`` on x's device, in ``dtype`` where one is given."""
+    if tensor is None:
+        return
+    operand(op, name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}{meaning}; got {list(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, where x is; got {tensor.device}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} must be {dtype}, as the operands are; got {tensor.dtype}")
+
+
+def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def kernel_dtypes(*tensors: torch.Tensor | None) -> str | None:
+    """The reason why kernels cannot take these dtypes, or None."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return f"dtype {tensor.dtype}; kernels take float32, float16 and bfloat16"
+    return None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts matmul operands to on this device, or None where it is off."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    # as autocast does: float64 stays
+    return tensor if tensor is None or tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)

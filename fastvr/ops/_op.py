@@ -1,0 +1,160 @@
+"""What every op is made of: a ``torch.library`` operator with two implementations, and its gradient.
+
+An :class:`Op` is registered once, at import, as ``torch.ops.fastvr.<name>``, so that ``torch.compile``,
+``torch.export``, FakeTensor, ``opcheck`` and the FLOP counter see one opaque, well-described operator.
+Its gradient is a second operator, ``torch.ops.fastvr.<name>_backward``; where an op has no backward kernel,
+that is the gradient of its reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from fastvr import backend
+
+OPS: dict[str, Op] = {}
+
+_library = torch.library.Library("fastvr", "DEF")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one call must do at least: floating-point operations, and bytes with each tensor touched once."""
+
+    flops: int
+    bytes: int
+
+
+class Op:
+    """One operator.
+
+    Args:
+        name: what it is called everywhere: ``fastvr.ops.<name>``, ``torch.ops.fastvr.<name>``.
+        parameters: the parameters of its ``torch.library`` schema, without defaults; one result, a Tensor.
+        kernel: takes the schema's arguments, allocates with :func:`fastvr.backend.empty`, launches Triton
+            kernels, returns the result. Imports ``fastvr.kernels`` itself: Triton may not be there.
+        reference: takes the same arguments; plain PyTorch, differentiable, right in every floating dtype.
+        fake: takes the same arguments and returns an empty result of the right shape, dtype and strides.
+        unsupported: the reason why the kernel cannot take these arguments, or None.
+        measured: "triton" or "reference", what to run on a GPU where the kernel could (`tuning.py`).
+        cost: takes the same arguments; FLOPs and bytes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: str,
+        *,
+        kernel: Callable[..., torch.Tensor],
+        reference: Callable[..., torch.Tensor],
+        fake: Callable[..., torch.Tensor],
+        unsupported: Callable[..., str | None],
+        measured: Callable[..., str],
+        cost: Callable[..., Cost],
+    ) -> None:
+        self.name = name
+        self.kernel = kernel
+        self.reference = reference
+        self.unsupported = unsupported
+        self.measured = measured
+        self.cost = cost
+        qualified = f"fastvr::{name}"
+        _library.define(f"{name}({parameters}) -> Tensor")
+        _library.define(f"{name}_backward(Tensor grad, {parameters}, bool[] needs) -> Tensor[]")
+        _library.impl(name, self._forward, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_fake(f"{qualified}_backward", self._backward_fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, self._autograd_backward, setup_context=self._setup_context, lib=_library
+        )
+        self.overload = getattr(torch.ops.fastvr, name).default
+        self.overload_backward = getattr(torch.ops.fastvr, f"{name}_backward").default
+        register_flop_formula(getattr(torch.ops.fastvr, name), get_raw=True)(self._flops)
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        """``args`` are the schema's, positional; the first is a tensor and gives the device.
+
+        Where PyTorch runs anyhow it is called directly, so that autograd keeps what it needs instead of
+        computing the forward pass twice, and ``torch.compile`` can fuse it.
+        """
+        device = args[0].device
+        if not backend.kernels_possible(device):
+            if torch.compiler.is_compiling():
+                return self.reference(*args)
+            return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
+        return self.overload(*args)  # type: ignore[no-any-return]
+
+    def _forward(self, *args: Any) -> torch.Tensor:
+        device = args[0].device
+        with _no_autocast(device):
+            return backend.run(  # type: ignore[no-any-return]
+                self.name,
+                args,
+                device,
+                kernel=self.kernel,
+                reference=self.reference,
+                unsupported=self.unsupported,
+                measured=self.measured,
+            )
+
+    def _backward(self, grad: torch.Tensor, *args_needs: Any) -> list[torch.Tensor]:
+        """The gradients of the reference with respect to the tensor arguments that ``needs`` asks for."""
+        *args, needs = args_needs
+        wanted = _wanted(args, needs)
+        with torch.enable_grad(), _no_autocast(grad.device):
+            leaves = [
+                arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
+                for i, arg in enumerate(args)
+            ]
+            result = self.reference(*leaves)
+            grads = torch.autograd.grad(result, [leaves[i] for i in wanted], grad)
+        # strides as the fake says, and no result that is another's memory (torch.library forbids both)
+        return [_like(given, args[i]) for given, i in zip(grads, wanted, strict=True)]
+
+    def _backward_fake(self, grad: torch.Tensor, *args_needs: Any) -> list[torch.Tensor]:
+        *args, needs = args_needs
+        return [torch.empty_like(args[i]) for i in _wanted(args, needs)]
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
+        ctx.others = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
+
+    def _autograd_backward(self, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"fastvr.{self.name} has no second derivative; use_backend('reference') has every one"
+            )
+        tensors = iter(ctx.saved_tensors)
+        args = [next(tensors) if other is None else other[0] for other in ctx.others]
+        needs = [bool(need) for need in ctx.needs_input_grad]
+        grads = iter(self.overload_backward(grad, *args, needs))
+        wanted = set(_wanted(args, needs))
+        return tuple(next(grads) if i in wanted else None for i in range(len(args)))
+
+    def _flops(self, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return self.cost(*args).flops
+
+
+def _like(grad: torch.Tensor, arg: torch.Tensor) -> torch.Tensor:
+    result = torch.empty_like(arg)
+    return grad if grad.stride() == result.stride() and grad._base is None else result.copy_(grad)
+
+
+def _wanted(args: Sequence[Any], needs: Sequence[bool]) -> list[int]:
+    return [i for i, (arg, need) in enumerate(zip(args, needs, strict=True)) if need and arg is not None]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Operands were cast by the op's public function, argument by argument; inside, dtypes stand as given."""
+    # entering torch.autocast costs microseconds, so only where it is on
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

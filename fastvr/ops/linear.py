@@ -1,0 +1,164 @@
+"""linear: y = residual + gamma * act(x @ weight.T + bias), one launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import cast as typed
+
+import torch
+
+from fastvr import backend, tuning
+from fastvr.ops import _check
+from fastvr.ops._op import Cost, Op
+from fastvr.reference.linear import ACTIVATIONS
+from fastvr.reference.linear import linear as reference
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    act: str = "none",
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A linear layer with its activation, LayerScale and residual addition in one launch.
+
+    Computes ``residual + gamma * act(x @ weight.T + bias)``; products are accumulated in float32 and the result
+    is rounded once.
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16 (float64 runs in PyTorch).
+        weight: [out_features, in_features], x's dtype.
+        bias: [out_features], x's dtype.
+        act: "none", "relu", "gelu" (exact, by erf) or "gelu_tanh".
+        gamma: [out_features], any floating dtype: LayerScale (Touvron et al., 2021).
+        residual: [..., out_features], any floating dtype.
+
+    Returns:
+        [..., out_features] in the dtype that PyTorch's promotion of x, gamma and residual gives.
+
+    Under autocast x, weight and bias are cast to its dtype; gamma and residual stay as they are.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; the message names it.
+    """
+    _check.operand("linear", "x", x)
+    _check.operand("linear", "weight", weight)
+    if (dtype := _check.autocast_dtype(x.device)) is not None:
+        x, weight = typed(torch.Tensor, _check.cast(x, dtype)), typed(torch.Tensor, _check.cast(weight, dtype))
+        bias = _check.cast(bias, dtype)
+    if weight.dim() != 2:
+        raise ValueError(f"linear: weight must be [out_features, in_features]; got {list(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"linear: x must be [..., {k}] for a weight of {[n, k]}; got {list(x.shape)}")
+    _check.companion("linear", "weight", weight, (n, k), x, dtype=x.dtype)
+    _check.companion("linear", "bias", bias, (n,), x, dtype=x.dtype)
+    _check.companion("linear", "gamma", gamma, (n,), x)
+    _check.companion("linear", "residual", residual, (*x.shape[:-1], n), x)
+    _check.choice("linear", "act", act, ACTIVATIONS)
+    return LINEAR(x, weight, bias, gamma, residual, act)
+
+
+def result_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
+    """The dtype that PyTorch's promotion gives to x combined with ``others``."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in others if t is not None), x.dtype)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, features]: a view where its strides allow (a batch's class tokens do), else a copy."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x as [rows, features] whose features are contiguous."""
+    if x is None:
+        return None
+    rows = as_rows(x)
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def table_key(m: int, n: int, k: int, dtype: torch.dtype, *, norm: bool = False) -> str:
+    return tuning.key("norm_linear" if norm else "linear", dtype, m=tuning.bucket(m), n=n, k=k)
+
+
+def _kernel(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    act: str,
+) -> torch.Tensor:
+    from fastvr.kernels.linear import default_config, launch_linear_fwd
+
+    n, k = weight.shape
+    y = backend.empty((*x.shape[:-1], n), dtype=result_dtype(x, gamma, residual), device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = as_rows(x)
+    m = rows.shape[0]
+    config = tuning.config("linear", table_key(m, n, k, x.dtype), x.device)
+    launch_linear_fwd(
+        x=rows,
+        weight=weight,
+        bias=bias,
+        gamma=gamma,
+        residual=unit_rows(residual),
+        y=y.view(-1, n),
+        act=act,
+        config=config or default_config(m, n, x.dtype, backend.architecture(x.device)),
+    )
+    return y
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    act: str,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_dtype(x, gamma, residual))
+
+
+def _unsupported(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str | None:
+    if weight.shape[1] == 0:
+        return "in_features is 0"
+    return _check.kernel_dtypes(x, *(t for t in others if isinstance(t, torch.Tensor)))
+
+
+def _measured(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str:
+    n, k = weight.shape
+    # without a measurement the vendor's GEMM runs
+    return tuning.choice(table_key(math.prod(x.shape[:-1]), n, k, x.dtype), x.device, "reference")
+
+
+def _cost(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    act: str,
+) -> Cost:
+    n, k = weight.shape
+    m = math.prod(x.shape[:-1])
+    moved = sum(t.numel() * t.element_size() for t in (x, weight, bias, gamma, residual) if t is not None)
+    return Cost(2 * m * n * k, moved + m * n * result_dtype(x, gamma, residual).itemsize)
+
+
+LINEAR = Op(
+    "linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act",
+    kernel=_kernel,
+    reference=reference,
+    fake=_fake,
+    unsupported=_unsupported,
+    measured=_measured,
+    cost=_cost,
+)

@@ -1,0 +1,136 @@
+"""What the kernels share: how one is launched, activations, the order of tiles, dot precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# A recorder takes (kernel, grid, arguments, options) in place of the launch.
+Recorder = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, int]], None]
+_recorders: list[Recorder] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
+    """Launch ``kernel`` on the device of its tensors. Every launch of fastvr passes here.
+
+    ``config`` holds the BLOCK_* sizes beside ``num_warps``, ``num_stages`` and other compiler options.
+    """
+    options = {name: value for name, value in config.items() if not name.isupper()}
+    arguments |= {name: value for name, value in config.items() if name.isupper()}
+    # Triton 3.10 changes the default, and the parity figures are those of contracted multiply-adds
+    options["enable_fp_fusion"] = True
+    if _recorders:
+        _recorders[-1](kernel, grid, arguments, options)
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+    else:
+        kernel[grid](**arguments, **options)
+
+
+@contextlib.contextmanager
+def record_launches(recorder: Recorder) -> Iterator[None]:
+    """Hand every launch inside the block to ``recorder`` instead of the GPU (tensors may be on meta)."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:
+    """``input_precision`` of a ``tl.dot``: TF32 only where PyTorch's own switch for such an op asks for it."""
+    backend = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    return "tf32" if dtype == torch.float32 and backend.allow_tf32 else "ieee"
+
+
+@triton.jit
+def swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of program ``pid``: GROUP_M rows of tiles are walked column by column, so that the tiles
+    in flight share operands in L2 (the order of Triton's matrix multiplication tutorial)."""
+    group = pid // (GROUP_M * num_n)
+    first_m = group * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    inside = pid - group * GROUP_M * num_n
+    return first_m + inside % rows, inside // rows
+
+
+@triton.jit
+def relu(x):
+    # tl.maximum drops NaN on a GPU
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def _clamp_unit(x):
+    return tl.minimum(
+        tl.maximum(x, -1.0, propagate_nan=tl.PropagateNan.ALL), 1.0, propagate_nan=tl.PropagateNan.ALL
+    )
+
+
+@triton.jit
+def gelu_erf(x):
+    """Exact GELU, 0.5 x (1 + erf(x / sqrt 2)), for float32 results."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_bfloat16(x):
+    """Exact GELU to within 5.3e-5, for bfloat16 results: erf(x / sqrt 2) as an odd polynomial of 9 terms.
+
+    A minimax fit (linear programming, error weighted as GELU's on [-4.4, 4.4]) that stays above 1 beyond
+    the interval, so that clamping the *result* is right for every x; clamping x would leave GELU(-1000) at
+    -0.05. 13 instructions where ``tl.erf`` takes 34.
+    """
+    t = x * x
+    p = 7.887316494370467e-11 * t - 8.176245458457743e-09
+    p = p * t + 3.731283300112409e-07
+    p = p * t - 9.955228051694576e-06
+    p = p * t + 0.00017459339869674295
+    p = p * t - 0.0021522785536944866
+    p = p * t + 0.019454926252365112
+    p = p * t - 0.13249237835407257
+    p = p * t + 0.7977744340896606
+    return 0.5 * x * (1.0 + _clamp_unit(x * p))
+
+
+@triton.jit
+def gelu_float16(x):
+    """Exact GELU to within 1e-7 of erf, for float16 results: Abramowitz and Stegun, 7.1.26."""
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    # 1 - erf(|x| / sqrt 2), which keeps its digits in the tail where 1 + erf cancels
+    tail = p * tl.exp2(-1.4426950408889634 * z * z)
+    return 0.5 * x * tl.where(x < 0, tail, 2.0 - tail)
+
+
+@triton.jit
+def gelu_tanh(x):
+    """The tanh form of GELU, another function (up to 4.7e-4 off): x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp2(-1.4426950408889634 * z))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
+    """``ACT`` ("none", "relu", "gelu", "gelu_tanh") of float32 ``x``, as exact as a result in ``dtype`` needs."""
+    if ACT == "relu":
+        x = relu(x)
+    elif ACT == "gelu":
+        if dtype == tl.bfloat16:
+            x = gelu_bfloat16(x)
+        elif dtype == tl.float16:
+            x = gelu_float16(x)
+        else:
+            x = gelu_erf(x)
+    elif ACT == "gelu_tanh":
+        x = gelu_tanh(x)
+    return x
