@@ -112,7 +112,7 @@ def _cuda_architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; ``"interpreter"`` for the CPU under Triton's interpreter; else ``"cpu"``."""
+    """``"sm_90"``, ``"gfx942"``, ...; on the CPU ``"interpreter"`` if Triton interprets, else ``"cpu"``."""
     if _state.assumed is not None:
         return _state.assumed
     if device.type == "cuda":

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvr.backend import interpreting
+
 # A recorder takes (kernel, grid, arguments, options) in place of the launch.
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, int]], None]
 _recorders: list[Recorder] = []
@@ -46,9 +48,10 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
 
 
 def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:
-    """``input_precision`` of a ``tl.dot``: TF32 only where PyTorch's own switch for such an op asks for it."""
-    backend = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
-    return "tf32" if dtype == torch.float32 and backend.allow_tf32 else "ieee"
+    """``input_precision`` of a ``tl.dot``: TF32 only where PyTorch's own switch for the op asks for it."""
+    switch = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    # the switches say nothing about a CPU, where the interpreter runs beside PyTorch's full float32
+    return "tf32" if dtype == torch.float32 and switch.allow_tf32 and not interpreting() else "ieee"
 
 
 @triton.jit
@@ -114,14 +117,14 @@ def gelu_float16(x):
 
 @triton.jit
 def gelu_tanh(x):
-    """The tanh form of GELU, another function (up to 4.7e-4 off): x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    """GELU's tanh form, another function (up to 4.7e-4 off): x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
     z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp2(-1.4426950408889634 * z))
 
 
 @triton.jit
 def activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
-    """``ACT`` ("none", "relu", "gelu", "gelu_tanh") of float32 ``x``, as exact as a result in ``dtype`` needs."""
+    """``ACT`` ("none", "relu", "gelu", "gelu_tanh") of float32 ``x``, as exact as ``dtype`` can show."""
     if ACT == "relu":
         x = relu(x)
     elif ACT == "gelu":

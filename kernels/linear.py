@@ -1,11 +1,11 @@
 """GEMM with everything around it in one launch: y = residual + gamma * act(norm(x) @ weight.T + bias).
 
-x [M, K], weight [N, K], y [M, N]; every part but the product is optional. Products are accumulated in float32,
-and bias, activation, LayerScale and residual are applied to the float32 accumulator: one rounding, on store.
+x [M, K], weight [N, K], y [M, N]; every part but the product is optional. Products are summed in float32;
+bias, activation, LayerScale and residual are applied to the float32 accumulator: one rounding, on store.
 
 With ``ln_weight`` the rows of x pass through LayerNorm on their way into the product: their statistics are
-taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub, LeVeque, 1979), and the
-normalised row is rounded to the weight's dtype, as a separate LayerNorm would have stored it.
+taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub, LeVeque, 1979), and
+the normalised row is rounded to the weight's dtype, as a separate LayerNorm would have stored it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def row_moments(x_ptrs, row_mask, K, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: 
     for start in range(0, K, BLOCK_K):
         inside = offs_k < K - start
         x = tl.load(
-            x_ptrs + (start + offs_k)[None, :] * stride_xk, mask=row_mask[:, None] & inside[None, :], other=0.0
+            x_ptrs + (start + offs_k)[None, :] * stride_xk,
+            mask=row_mask[:, None] & inside[None, :],
+            other=0.0,
         ).to(tl.float32)
         block_count = tl.minimum(K - start, BLOCK_K).to(tl.float32)
         block_mean = tl.sum(x, 1) / block_count
@@ -125,28 +127,45 @@ def _linear_fwd_kernel(
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": num_warps, "num_stages": num_stages}
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def candidate_configs(dtype: torch.dtype, arch: str, *, norm: bool = False) -> list[dict[str, int]]:
+def candidate_configs(
+    dtype: torch.dtype, arch: str, *, norm: bool = False, residual: bool = False
+) -> list[dict[str, int]]:
     """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
     sample)."""
     if arch == "interpreter":
         return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
     if dtype == torch.float32:
         # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
-        return [_tile(64, 64, 32, 8, 2), _tile(32, 64, 32, 4, 2), _tile(16, 64, 32, 4, 2)]
+        return [
+            _tile(64, 64, 32, 4, 2),
+            _tile(64, 64, 16, 8, 2),
+            _tile(32, 64, 16, 4, 2),
+            _tile(16, 64, 32, 4, 2),
+        ]
     if arch.startswith("gfx"):
-        return [_tile(128, 128, 64, 8, 2), _tile(128, 64, 64, 4, 2), _tile(64, 64, 64, 4, 2), _tile(16, 64, 64, 4, 2)]
-    tiles = [_tile(128, 128, 64, 8, 3), _tile(128, 64, 64, 4, 3), _tile(64, 64, 64, 4, 3), _tile(16, 64, 128, 4, 3)]
-    if arch in ("sm_90", "sm_100") and not norm:
-        tiles.insert(0, _tile(128, 256, 64, 8, 3))
+        stages, thin_k = 2, 64
+    else:
+        stages, thin_k = 3, 128
+    tiles = [
+        _tile(128, 128, 64, 8, stages),
+        _tile(128, 64, 64, 4, stages),
+        _tile(64, 64, 64, 4, stages),
+        _tile(16, 64, thin_k, 4, stages),
+    ]
+    if arch in ("sm_90", "sm_100") and not norm and not residual:  # either makes this tile spill
+        tiles.insert(0, _tile(128, 256, 64, 8, stages))
     return tiles
 
 
-def default_config(m: int, n: int, dtype: torch.dtype, arch: str, *, norm: bool = False) -> dict[str, int]:
-    """The largest tile that still makes two waves' worth of programs on a large GPU; thin ones for few rows."""
-    tiles = candidate_configs(dtype, arch, norm=norm)
+def default_config(
+    m: int, n: int, dtype: torch.dtype, arch: str, *, norm: bool = False, residual: bool = False
+) -> dict[str, int]:
+    """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows."""
+    tiles = candidate_configs(dtype, arch, norm=norm, residual=residual)
     if m <= 32:
         return tiles[-1]
     for tile in tiles[:-1]:

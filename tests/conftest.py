@@ -10,15 +10,27 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import fastvr  # noqa: E402, F401  (after the choice above)
+import fastvr  # noqa: F401  (after the choice above)
+from fastvr.backend import triton_missing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    from fastvr.testing import interpreter
-
-    interpreter.install()
     # the interpreter is one thread of Python; more threads in PyTorch only fight over its cores
     torch.set_num_threads(1)
+    if triton_missing() is None:
+        from fastvr.testing import interpreter
+
+        interpreter.install()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite on a CPU takes every core, unless the command line says otherwise."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and DEVICE == "cpu" and config.pluginmanager.hasplugin("xdist"):
+        options = config.option
+        if options.numprocesses is None and not options.usepdb and not options.collectonly:
+            options.numprocesses = os.cpu_count()
 
 
 @pytest.fixture

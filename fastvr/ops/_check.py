@@ -26,7 +26,7 @@ def companion(
     dtype: torch.dtype | None = None,
     meaning: str = "",
 ) -> None:
-    """``tensor`` is None, or a floating tensor of ``shape`` on x's device, in ``dtype`` where one is given."""
+    """``tensor`` is None, or floating, of ``shape``, on x's device, and in ``dtype`` where one is given."""
     if tensor is None:
         return
     operand(op, name, tensor)
@@ -58,6 +58,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    # as autocast does: float64 stays
-    return tensor if tensor is None or tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in autocast's ``dtype``; float64 stays, as it does in autocast."""
+    return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
+
+
+def cast_or_none(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else cast(tensor, dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import cast as typed
 
 import torch
 
@@ -26,8 +25,8 @@ def linear(
 ) -> torch.Tensor:
     """A linear layer with its activation, LayerScale and residual addition in one launch.
 
-    Computes ``residual + gamma * act(x @ weight.T + bias)``; products are accumulated in float32 and the result
-    is rounded once.
+    Computes ``residual + gamma * act(x @ weight.T + bias)``; products are accumulated in float32 and the
+    result is rounded once.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16 (float64 runs in PyTorch).
@@ -48,8 +47,7 @@ def linear(
     _check.operand("linear", "x", x)
     _check.operand("linear", "weight", weight)
     if (dtype := _check.autocast_dtype(x.device)) is not None:
-        x, weight = typed(torch.Tensor, _check.cast(x, dtype)), typed(torch.Tensor, _check.cast(weight, dtype))
-        bias = _check.cast(bias, dtype)
+        x, weight, bias = _check.cast(x, dtype), _check.cast(weight, dtype), _check.cast_or_none(bias, dtype)
     if weight.dim() != 2:
         raise ValueError(f"linear: weight must be [out_features, in_features]; got {list(weight.shape)}")
     n, k = weight.shape
@@ -81,8 +79,12 @@ def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def table_key(m: int, n: int, k: int, dtype: torch.dtype, *, norm: bool = False) -> str:
-    return tuning.key("norm_linear" if norm else "linear", dtype, m=tuning.bucket(m), n=n, k=k)
+def table_key(
+    m: int, n: int, k: int, dtype: torch.dtype, *, norm: bool = False, residual: bool = False
+) -> str:
+    """A residual is part of the key: with it the widest tiles run out of registers."""
+    op = "norm_linear" if norm else "linear"
+    return tuning.key(op, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
 
 
 def _kernel(
@@ -101,7 +103,8 @@ def _kernel(
         return y
     rows = as_rows(x)
     m = rows.shape[0]
-    config = tuning.config("linear", table_key(m, n, k, x.dtype), x.device)
+    with_residual = residual is not None
+    config = tuning.config("linear", table_key(m, n, k, x.dtype, residual=with_residual), x.device)
     launch_linear_fwd(
         x=rows,
         weight=weight,
@@ -110,7 +113,8 @@ def _kernel(
         residual=unit_rows(residual),
         y=y.view(-1, n),
         act=act,
-        config=config or default_config(m, n, x.dtype, backend.architecture(x.device)),
+        config=config
+        or default_config(m, n, x.dtype, backend.architecture(x.device), residual=with_residual),
     )
     return y
 
@@ -132,10 +136,18 @@ def _unsupported(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str 
     return _check.kernel_dtypes(x, *(t for t in others if isinstance(t, torch.Tensor)))
 
 
-def _measured(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str:
+def _measured(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    act: str,
+) -> str:
     n, k = weight.shape
+    key = table_key(math.prod(x.shape[:-1]), n, k, x.dtype, residual=residual is not None)
     # without a measurement the vendor's GEMM runs
-    return tuning.choice(table_key(math.prod(x.shape[:-1]), n, k, x.dtype), x.device, "reference")
+    return tuning.choice(key, x.device, "reference")
 
 
 def _cost(

@@ -18,10 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastvr import backend
 
 GUARD_BYTES = 4096
-ALIGNMENT = 256  # what the CUDA caching allocator promises at least half of; TMA needs 128
-_PATTERN = (
-    -59
-)  # int16 0xFFC5: NaN as float16, bfloat16, float32 and float64, yet not the one arithmetic makes
+ALIGNMENT = 256  # covers the 128 bytes that TMA and the 16 that vector loads ask for
+# int16 0xFFF5: NaN as float16, bfloat16, float32 and float64, yet not the one that arithmetic makes
+_PATTERN = -11
 _POISON = 0xFF  # every byte: NaN in every floating dtype, -1 in signed integers
 
 
@@ -116,7 +115,7 @@ class Guards:
         elements = torch.empty(0, dtype=dtype, device=device)
         if start % dtype.itemsize:
             raise ValueError(f"{label}: its address is no multiple of its element size")
-        elements.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(size), tuple(stride))  # type: ignore[call-overload]
+        elements.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(size), tuple(stride))
         return elements
 
 

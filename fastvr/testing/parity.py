@@ -16,8 +16,9 @@ Two estimates stand in where eager's own error says little:
   error in it and eager's pooled relative error (largest over the samples) times the RMS of its truth. It is
   relative, hence a wrong row cannot hide behind an outlier row; samples whose truth all but vanishes are
   not pooled, since their relative error means nothing.
-- Below 100 elements the ratio itself is widened to at least ``1 + 5 / sqrt(n)``: the RMS of n random errors
-  scatters by ``1 / sqrt(2n)``, so that two equally good implementations differ by up to that much.
+- Below 100 elements the ratio itself is widened to at least ``1 + 50 / n``: eager's error of a few elements
+  is a few random numbers, so that equally good implementations differ by more than the ratio. The term
+  covers the 99.99 % quantile of the ratio of two such RMS errors (Fisher's F with n, n degrees of freedom).
 
 NaN and Inf are values: they must stand where the truth, rounded to the dtype, has them, with its sign. Where
 eager overflows although the truth rounds to a finite value (or the reverse), either is right.
@@ -49,7 +50,7 @@ TOLERANCES: Mapping[Kind, Tolerance] = {
     "gradient": Tolerance(max_ratio=3.0, rms_ratio=1.5),
 }
 GELU_TAIL = 6e-5  # absolute, for GELU's output where its argument is below -4
-_SMALL_SAMPLE = 5.0  # standard deviations of scatter allowed between two equally good implementations
+_FEW = 50.0
 _STEP = 2.0**-126  # hardware may flush what is smaller to zero
 _WORST = 5
 
@@ -331,10 +332,10 @@ class _Bounds:
         rms_error = _rms(part.error, dims) if dims else part.error
         rms_floor = _rms(part.floor, dims) if dims else part.floor
         count = part.truth.numel() // largest.numel()
-        scatter = 1 + _SMALL_SAMPLE / math.sqrt(count)
-        pooled = size >= size.median() / 16
-        largest = largest.maximum(_share(largest * pooled, size).max() * size)
-        rms = rms.maximum(_share(rms * pooled, size).max() * size)
+        scatter = 1 + _FEW / count
+        pooled = (size > 0) & (size >= size.median() / 16)
+        largest = largest.maximum(_share(torch.where(pooled, largest, 0.0), size).max() * size)
+        rms = rms.maximum(_share(torch.where(pooled, rms, 0.0), size).max() * size)
         max_bound = max(tolerance.max_ratio, scatter) * largest + part.floor
         rms_bound = max(tolerance.rms_ratio, scatter) * rms + rms_floor
         return _Bounds(

@@ -59,7 +59,7 @@ def test_rms_bound_is_sharp():
 
 
 def test_small_tensors_get_a_wider_ratio_and_large_ones_do_not():
-    for count, limit in ((1, 6.0), (25, 2.0), (100, 1.5), (10_000, 1.5)):
+    for count, limit in ((1, 51.0), (25, 3.0), (100, 1.5), (10_000, 1.5)):
         eager = torch.full((1, count), 1e-3)
         truth = torch.zeros(1, count, dtype=torch.float64)
         assert measure_parity(eager * (limit - 1e-3), eager, truth).passed
@@ -70,7 +70,7 @@ def test_one_rounding_is_the_floor():
     truth = torch.linspace(1, 2, 1000, dtype=torch.float64).reshape(1, -1)
     eager = truth.to(torch.bfloat16)
     exact = measure_parity(eager, eager, truth).max_bound
-    assert exact == pytest.approx(3 * 2**-8, rel=0.1)  # twice eager's error and half a unit
+    assert exact == pytest.approx(2 * 2**-8 + 2**-7, rel=0.1)  # twice eager's error, half a unit of 2
     representable = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64).repeat(1, 100)
     eager = representable.to(torch.bfloat16)
     actual = eager.clone()
@@ -135,7 +135,7 @@ def test_nonfinite_values_must_agree(value):
     for wrong in (0.0, math.nan, math.inf, -math.inf):
         actual = eager.clone()
         actual[1, 2] = wrong
-        if wrong is value:
+        if wrong == value or (math.isnan(wrong) and math.isnan(value)):
             continue
         with pytest.raises(AssertionError, match=r"NaN or Inf in other places.*\n.*\n.*\n  at \[1, 2\]"):
             assert_parity(actual, eager, truth)

@@ -1,0 +1,228 @@
+"""What the compiler makes of every kernel, on every architecture, without a GPU.
+
+    python bench/audit.py [--arch sm_90 ...] [--op linear ...] [--all] [--json FILE]
+
+Registers, spills, shared memory, matrix instructions and CTAs an SM of the configurations that may run
+there, TF32 in float32 kernels, and how many binaries ten batch sizes make. By default every configuration of
+every op once and every kind of call once; --all is each configuration with each real shape. Exit status 1
+where one breaks a rule (rules.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import cases  # noqa: E402
+import launches  # noqa: E402
+import record  # noqa: E402
+import rules  # noqa: E402
+import torch  # noqa: E402
+from launches import Job  # noqa: E402
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One binary, or one job that made none."""
+
+    op: str
+    dtype: str
+    arch: str
+    label: str
+    config: str
+    kernel: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    mma: str = ""
+    ctas_per_sm: int | None = None
+    tf32: bool = False
+    binaries: int | None = None  # that ten batch sizes make; None where not counted
+    failures: tuple[str, ...] = ()
+
+
+def kinds(op: str) -> list[cases.Case]:
+    """One case of each kind of call: the shapes of a kind compile to the same binary."""
+    found: dict[tuple[Any, ...], cases.Case] = {}
+    kind = ("act", "gamma", "residual", "kernel", "stride", "groups", "head_dim")
+    for case in cases.cases(op, real=True):
+        single = case.get("tokens", 0) is None
+        found.setdefault((single, *(case.get(name) for name in kind)), case)
+    if op == "conv_bn_relu":
+        grouped = dict(next(c for c in found.values() if c["kernel"] == 3).sizes) | {"groups": 32}
+        case = cases.Case.of(op, "3x3 groups=32", **grouped)
+        found[case.label,] = case
+    return list(found.values())
+
+
+def _mixed(op: str, dtype: str, arch: str) -> list[Job]:
+    """Every configuration and every kind of call at least once, not each with each."""
+    todo = kinds(op)
+    jobs = []
+    for case in todo:
+        swept = launches.sweep(case, dtype, arch)
+        if case is todo[0]:
+            configurations = len(swept)
+        index = todo.index(case)
+        # further kinds take turns through the configurations; one each is enough to see them compile
+        jobs += swept if index == 0 else [swept[index % len(swept)]]
+    assert configurations
+    return jobs
+
+
+def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[tuple[Job, bool]]:
+    """(job, whether to count the binaries that ten batch sizes make) of the whole audit."""
+    jobs: list[tuple[Job, bool]] = []
+    for arch in archs:
+        for op in ops:
+            for dtype in cases.DTYPES:
+                if everything:
+                    chosen = [j for c in cases.cases(op, real=True) for j in launches.sweep(c, dtype, arch)]
+                    chosen += [j for c in kinds(op) for j in launches.sweep(c, dtype, arch)]
+                elif dtype == "float16":
+                    # the code of bfloat16 but for the activation
+                    chosen = launches.sweep(kinds(op)[0], dtype, arch)[:1]
+                else:
+                    chosen = _mixed(op, dtype, arch)
+                jobs += [(job, index == 0 or everything) for index, job in enumerate(dict.fromkeys(chosen))]
+    return jobs
+
+
+def _config_text(launch: launches.Launch) -> str:
+    blocks = [str(v) for k, v in launch.arguments.items() if k.startswith("BLOCK_")]
+    options = launch.options
+    return "x".join(blocks) + f" w{options.get('num_warps', '-')} s{options.get('num_stages', '-')}"
+
+
+def audit_job(item: tuple[Job, bool]) -> list[Row]:
+    job, count = item
+    make = functools.partial(Row, op=job.case.op, dtype=job.dtype, arch=job.arch, label=job.case.label)
+    forced = " ".join(f"{knob}={dict(config)}" for knob, config in job.forced)
+    try:
+        recorded = launches.record_job(job)
+        compiled = [launches.compile_launch(launch, job.arch) for launch in recorded]
+        binaries = [{kernel.hash} for kernel in compiled]
+        if count:
+            for batch in cases.TEN_BATCHES:
+                again = launches.record_job(dataclasses.replace(job, case=job.case.at_batch(batch)))
+                if len(again) != len(recorded):
+                    return [make(config=forced, failures=(f"{len(again)} launches at batch {batch}",))]
+                for hashes, launch in zip(binaries, again, strict=True):
+                    hashes.add(launches.compile_launch(launch, job.arch).hash)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return [make(config=forced, failures=(text[:200],))]
+    rows = []
+    for launch, kernel, hashes in zip(recorded, compiled, binaries, strict=True):
+        if job.forced and len(recorded) > 1 and not _carries(launch, job):
+            continue  # the op's other launch, which has a configuration of its own
+        needs = launches.resources(kernel)
+        failures = rules.binary_failures(
+            needs,
+            dtype=job.dtype,
+            dot=launches.uses_dot(launch.kernel),
+            arguments=launch.arguments,
+            options=launch.options,
+        )
+        if len(hashes) > 1:
+            failures.append(f"{len(hashes)} binaries for ten batch sizes")
+        rows.append(
+            make(
+                config=_config_text(launch),
+                kernel=needs.name,
+                registers=needs.registers,
+                spills=needs.spills,
+                shared=needs.shared,
+                mma=" ".join(f"{name}:{n}" for name, n in needs.mma.items()),
+                ctas_per_sm=needs.ctas_per_sm,
+                tf32=needs.tf32,
+                binaries=len(hashes) if count else None,
+                failures=tuple(failures),
+            )
+        )
+    return rows
+
+
+def _carries(launch: launches.Launch, job: Job) -> bool:
+    passed = launch.arguments | launch.options
+    return any(all(passed.get(key) == value for key, value in config) for _, config in job.forced)
+
+
+def source_rows() -> list[Row]:
+    return [
+        Row("-", "-", "source", "", "", path.name, failures=(failure,))
+        for path in sorted((ROOT / "kernels").glob("*.py"))
+        for failure in rules.source_failures(path)
+    ]
+
+
+def distinct(rows: list[Row]) -> list[Row]:
+    """Different shapes make the same binary: one row of each."""
+    seen: dict[Any, Row] = {}
+    for row in rows:
+        seen.setdefault(dataclasses.replace(row, label="", binaries=None), row)
+    return list(seen.values())
+
+
+def show(rows: list[Row], seconds: float) -> None:
+    failed = [row for row in rows if row.failures]
+    for row in failed:
+        where = " ".join(part for part in (row.arch, row.op, row.dtype, row.label, row.config) if part)
+        print(f"FAILED {where}: {'; '.join(row.failures)}")
+    heads = ("arch", "op", "dtype", "binaries", "registers", "shared", "CTAs/SM")
+    print("\n{:8}{:16}{:10}{:>9}{:>11}{:>9}{:>9}  matrix".format(*heads))
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.kernel and row.arch != "source":
+            groups.setdefault((row.arch, row.op, row.dtype), []).append(row)
+    for (arch, op, dtype), group in groups.items():
+        ctas = [row.ctas_per_sm for row in group if row.ctas_per_sm is not None]
+        span = f"{min(ctas)}-{max(ctas)}" if ctas else "-"
+        registers = f"{min(r.registers for r in group)}-{max(r.registers for r in group)}"
+        mma = sorted({name.split(":")[0] for row in group for name in row.mma.split()})
+        shared = max(r.shared for r in group)
+        print(f"{arch:8}{op:16}{dtype:10}{len(group):>9}{registers:>11}{shared:>9}{span:>9}  {' '.join(mma)}")
+    print(f"\n{len(rows) - len(failed)} binaries pass, {len(failed)} fail ({seconds:.0f} s)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--op", nargs="+", choices=cases.OPS, default=list(cases.OPS))
+    parser.add_argument("--all", action="store_true", help="each configuration with each real shape")
+    parser.add_argument("--json", metavar="FILE", help="write every row there")
+    parser.add_argument("--jobs", type=int, default=launches.workers(), help="processes (default: the cores)")
+    args = parser.parse_args(argv)
+    launches.refuse_interpreter("bench/audit.py")
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    jobs = plan(args.arch, args.op, everything=args.all)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} compiled", end="" if done < total else "\n", file=sys.stderr, flush=True)
+        elif done % 50 == 0 or done == total:
+            print(f"{done}/{total} compiled", file=sys.stderr, flush=True)
+
+    found = launches.in_parallel(audit_job, jobs, progress, args.jobs)
+    rows = distinct(source_rows() + [row for rows in found for row in rows])
+    rows.sort(key=lambda row: not row.failures)
+    show(rows, time.monotonic() - started)
+    if args.json:
+        content = {"versions": record.versions(), "commit": record.commit()}
+        record.save_json(Path(args.json), content | {"rows": [dataclasses.asdict(row) for row in rows]})
+    return 1 if any(row.failures for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

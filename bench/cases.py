@@ -1,0 +1,192 @@
+"""The shapes that are measured, as data: a small list for a CPU and a real one for a GPU, per op.
+
+Real shapes are the layers of ViT-S/B/L (patch 16) and ResNet-50 at 224 px; ``at_batch`` gives any of them
+another batch. ``random_case`` draws from the grid that the project promises to be right on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable
+from typing import Any
+
+REAL_BATCH = 64
+MODELS: tuple[str, ...] = ("vit_b_16", "resnet50")
+DTYPES = ("float32", "float16", "bfloat16")
+# what a model's layers are tuned and measured at
+BATCHES = (1, 64, 256)
+# a count of batch sizes that specialise differently if anything does: 1, odd, multiples of 16
+TEN_BATCHES = (1, 2, 3, 5, 8, 16, 17, 32, 64, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an op: ``sizes`` are what ``inputs.make`` builds its arguments from."""
+
+    op: str
+    label: str
+    sizes: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of(op: str, label: str, **sizes: Any) -> Case:
+        return Case(op, label, tuple(sizes.items()))
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.sizes)[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return dict(self.sizes).get(name, default)
+
+    def at_batch(self, batch: int) -> Case:
+        return dataclasses.replace(self, sizes=tuple((dict(self.sizes) | {"batch": batch}).items()))
+
+    def __str__(self) -> str:
+        return f"{self.op}[{self.label} b{self['batch']}]"
+
+
+def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
+    size: dict[str, Any] = {"batch": batch, "tokens": tokens}
+    return {
+        "linear": [
+            Case.of("linear", f"{name} qkv", **size, k=dim, n=3 * dim),
+            Case.of("linear", f"{name} proj", **size, k=dim, n=dim, residual=True),
+            Case.of("linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
+            Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+            Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
+        ],
+        "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
+        "patch_embed": [
+            Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
+        ],
+        "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
+        "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
+    }
+
+
+def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
+    """Every distinct convolution of ResNet-50 v1.5 once, in the order of the network."""
+
+    def conv(c: int, o: int, kernel: int, size: int, *, stride: int = 1, **rest: Any) -> Case:
+        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px" + (" +res" if rest.get("residual") else "")
+        return Case.of(
+            "conv_bn_relu", label, batch=batch, channels=c, out=o, kernel=kernel, stride=stride,
+            padding=kernel // 2, height=size, width=size, **rest,
+        )  # fmt: skip
+
+    convs = [conv(3, 64, 7, 224, stride=2)]
+    channels, size = 64, 56
+    for stage, width in enumerate((64, 128, 256, 512)):
+        stride, wide = 1 if stage == 0 else 2, 4 * width
+        inner = size // stride
+        convs += [
+            conv(channels, width, 1, size),
+            conv(width, width, 3, size, stride=stride),
+            conv(channels, wide, 1, size, stride=stride, act="none"),
+            conv(width, wide, 1, inner, residual=True),
+            conv(wide, width, 1, inner),
+        ]
+        if stride == 2:
+            convs.append(conv(width, width, 3, inner))
+        channels, size = wide, inner
+    return {
+        "conv_bn_relu": convs,
+        "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
+        "avg_pool_linear": [
+            Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
+        ],
+    }
+
+
+def _merged(parts: Iterable[dict[str, list[Case]]]) -> dict[str, list[Case]]:
+    merged: dict[str, list[Case]] = {}
+    for part in parts:
+        for op, cases in part.items():
+            merged.setdefault(op, []).extend(cases)
+    return merged
+
+
+REAL = _merged([_vit("ViT-B", 768), _vit("ViT-S", 384), _vit("ViT-L", 1024), _resnet50()])
+
+SMALL: dict[str, list[Case]] = {
+    "linear": [
+        Case.of("linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu"),
+        Case.of("linear", "fc2", batch=2, tokens=50, k=768, n=192, gamma=True, residual=True),
+        Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
+    ],
+    "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
+    "patch_embed": [
+        Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
+    ],
+    "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
+    "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
+    "conv_bn_relu": [
+        Case.of(
+            "conv_bn_relu", "3x3 +res", batch=2, channels=64, out=64, kernel=3, stride=1, padding=1,
+            height=14, width=14, residual=True,
+        ),
+        Case.of(
+            "conv_bn_relu", "stem", batch=2, channels=3, out=64, kernel=7, stride=2, padding=3,
+            height=64, width=64,
+        ),
+    ],
+    "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
+    "avg_pool_linear": [Case.of("avg_pool_linear", "head", batch=2, channels=512, height=7, width=7, n=100)],
+}  # fmt: skip
+
+OPS = tuple(SMALL)
+
+
+def cases(op: str, *, real: bool) -> list[Case]:
+    return (REAL if real else SMALL)[op]
+
+
+def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
+    """A case of ``op`` from the grid the project promises; ``small`` keeps it fit for the interpreter."""
+
+    def pick(*values: Any) -> Any:
+        return rng.choice(values)
+
+    def chance() -> bool:
+        return rng.random() < 0.5
+
+    batch = pick(1, 2, 3) if small else pick(1, 2, 7, 33)
+    tokens = pick(1, 5, 17, 50) if small else pick(1, 5, 49, 50, 196, 197, 201, 257, 577, 1025, 1370)
+    width = pick(1, 31, 96, 192) if small else pick(1, 31, 192, 384, 768, 1023, 1280, 1500)
+    act = pick("none", "relu", "gelu", "gelu_tanh")
+    drawn: dict[str, Any]
+    if op == "linear":
+        drawn = {"tokens": pick(None, tokens), "k": width, "n": pick(1, 10, 31, 192, 257 if small else 1500)}
+        drawn |= {"act": act, "bias": chance(), "gamma": chance(), "residual": chance()}
+    elif op == "attention":
+        heads = pick(1, 2, 3) if small else pick(1, 3, 6, 12)
+        drawn = {"tokens": tokens, "heads": heads, "head_dim": pick(32, 40, 64, 72, 80, 96, 128)}
+    elif op == "patch_embed":
+        patch = pick(8, 14, 16) if small else pick(14, 16, 32)
+        rows, columns = (pick(1, 2, 3), pick(1, 2, 3)) if small else (pick(1, 7, 14, 16), pick(1, 5, 14, 16))
+        drawn = {"channels": pick(1, 3, 4), "height": rows * patch, "width": columns * patch, "patch": patch}
+        drawn |= {"dim": max(width, 8), "prefix": pick(0, 1, 5), "bias": chance(), "pos": chance()}
+    elif op == "layer_norm":
+        drawn = {"tokens": tokens, "dim": width}
+    elif op == "layernorm_mlp":
+        hidden = pick(1, 48, 128) if small else pick(31, 768, 1536)
+        drawn = {"tokens": tokens, "dim": width, "hidden": hidden, "act": act, "gamma": chance()}
+        drawn |= {"residual": chance()}
+    elif op == "conv_bn_relu":
+        groups = pick(1, 1, 1, 32)
+        channels = 32 * pick(1, 2) if groups == 32 else pick(1, 3, 31, 64, *(() if small else (512, 2048)))
+        kernel = pick(1, 3, 7)
+        size = pick(7, 14) if small else pick(7, 14, 31, 56)
+        padding = pick(0, kernel // 2) if kernel <= 7 else kernel // 2
+        drawn = {"channels": channels, "out": 64 if groups == 32 else pick(1, 31, 64, 128)}
+        drawn |= {"kernel": kernel, "stride": pick(1, 2), "padding": padding, "groups": groups}
+        drawn |= {"height": size, "width": pick(size, 7), "act": pick("none", "relu")}
+        drawn |= {"residual": chance(), "norm": pick("running", "scale")}
+    elif op == "max_pool":
+        drawn = {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
+    elif op == "avg_pool_linear":
+        drawn = {"channels": pick(1, 31, 512, *(() if small else (2048,))), "height": pick(1, 7, 14)}
+        drawn |= {"width": pick(1, 7), "n": pick(1, 10, 1000), "bias": chance()}
+    else:
+        raise ValueError(f"no random shapes are known for the op {op!r}")
+    return Case.of(op, f"random {rng.randrange(10**6):06d}", batch=batch, **drawn)

@@ -1,0 +1,158 @@
+"""Parity of every op and both models with their Triton kernels forced: first on a GPU, since nothing else
+counts where it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import inputs
+import launches
+import models
+import torch
+from launches import Job
+from session import Session, describe, samples
+
+from fastvr import backend, prepare
+from fastvr.testing import check_op, guarded, measure_parity
+
+BATCH = 3  # of the layers' shapes: every tile's edge occurs, and float64 stays cheap
+SAMPLES = 40  # random shapes an op and dtype on a GPU
+_SAMPLES_SMALL = 3
+
+
+def plan(arch: str, dtypes: tuple[str, ...], *, small: bool, seed: int) -> list[Job]:
+    """The layers with every configuration, then a seeded sample of shapes; most wanted dtype first."""
+    jobs: list[Job] = []
+    for dtype in dtypes:
+        for op in cases.OPS:
+            layers = [case.at_batch(BATCH) for case in cases.cases(op, real=not small)]
+            # each configuration on the first layer, and again in turns on the others
+            for index, case in enumerate(layers):
+                swept = launches.sweep(case, dtype, arch)
+                jobs += swept if index == 0 else [swept[index % len(swept)]]
+                jobs.append(Job(case, dtype, arch))
+        for op in cases.OPS:
+            drawn = samples(op, _SAMPLES_SMALL if small else SAMPLES, small=small, seed=seed)
+            for index, case in enumerate(drawn):
+                swept = launches.sweep(case, dtype, arch) if index % 2 else []
+                jobs.append(swept[index % len(swept)] if swept else Job(case, dtype, arch))
+    return list(dict.fromkeys(jobs))
+
+
+def _check(job: Job, device: torch.device) -> str:
+    """The verdict of one job; raises AssertionError where it fails."""
+    function = inputs.public(job.case.op)
+
+    def forced(**arguments: Any) -> torch.Tensor:
+        with backend.use_backend("triton"), launches.forcing(job.forced):
+            return function(**arguments)
+
+    def reference(**arguments: Any) -> torch.Tensor:
+        with backend.use_backend("reference"):
+            return function(**arguments)
+
+    arguments = inputs.make(job.case, getattr(torch, job.dtype), device)
+    with torch.no_grad():
+        report = check_op(forced, reference, arguments, backward=False, name=str(job.case))
+        if device.type == "cuda":
+            _repeatable(lambda: forced(**arguments))
+    return report.verdict
+
+
+def _repeatable(call: Any) -> None:
+    """Twice the same bits, and the same once more from a captured graph on memory that was dirtied."""
+    first = call()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        again = call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = call()
+    replayed.fill_(float("nan"))
+    graph.replay()
+    for name, other in (("a second run", again), ("a graph's replay", replayed)):
+        if not torch.equal(first, other):
+            raise AssertionError(f"{name} gives other bits")
+
+
+def _model(name: str, dtype: torch.dtype, session: Session) -> dict[str, Any]:
+    pair = models.build(name, dtype, session.device, small=session.small)
+    x = pair.example(2 if session.small else 4, dtype, session.device)
+    eager, truth = models.truth(pair, x)
+    found: dict[str, Any] = {"baseline": pair.baseline}
+    with torch.no_grad(), backend.use_backend("triton"):
+        with guarded(), backend.observe() as ran:
+            actual = pair.ours(x)
+        found["fastvr"] = measure_parity(actual, eager, truth, name=name)
+        prepared = prepare(pair.ours, x)
+        found["prepared"] = measure_parity(prepared(x), eager, truth, name=f"{name} prepared")
+    found["ran"] = {f"{op}: {implementation}": n for (op, implementation), n in ran.items()}
+    if any(implementation != "triton" for _, implementation in ran):
+        raise AssertionError(f"{name}: some ops ran in PyTorch: {found['ran']}")
+    return found
+
+
+def run(session: Session) -> int:
+    """Writes parity.json; returns the number of failures."""
+    jobs = plan(session.arch, session.dtypes, small=session.small, seed=session.seed)
+    content: dict[str, Any] = {
+        "complete": False,
+        "planned": len(jobs),
+        "passed": 0,
+        "failures": [],
+        "models": {},
+    }
+    done: dict[str, int] = {}
+    current = ""
+
+    def save() -> None:
+        session.save("parity.json", content | {"passed_by_op": done})
+
+    for name in cases.MODELS:
+        for dtype in session.dtypes:
+            if session.left() <= 0:
+                save()
+                session.say("parity: the budget is used up")
+                return len(content["failures"])
+            try:
+                found = _model(name, getattr(torch, dtype), session)
+            except Exception as error:
+                content["failures"].append({"job": f"{name} {dtype}", "error": describe(error)})
+                session.say(f"parity FAILED {name} {dtype}: {describe(error)}")
+                continue
+            for column in ("fastvr", "prepared"):
+                report = found[column]
+                found[column] = {**dataclasses.asdict(report), "verdict": report.verdict}
+                if report.failure:
+                    content["failures"].append({"job": f"{name} {dtype} {column}", "error": report.failure})
+            content["models"][f"{name} {dtype}"] = found
+            session.say(f"parity {name} {dtype}: {found['fastvr']['verdict']}")
+            save()
+    for job in jobs:
+        if job.case.op != current:
+            current = job.case.op
+            save()
+        if session.left() <= 0:
+            save()
+            session.say(f"parity: the budget is used up after {content['passed']} of {len(jobs)}")
+            return len(content["failures"])
+        label = f"{job.case} {job.dtype} {dict(job.forced)}"
+        try:
+            _check(job, session.device)
+        except Exception as error:
+            content["failures"].append(
+                {"job": label, "sizes": dict(job.case.sizes), "error": describe(error)}
+            )
+            session.say(f"parity FAILED {label}: {describe(error)}")
+        else:
+            content["passed"] += 1
+            key = f"{job.case.op} {job.dtype}"
+            done[key] = done.get(key, 0) + 1
+    content["complete"] = True
+    save()
+    session.say(f"parity: {content['passed']} of {len(jobs)} pass, {len(content['failures'])} failures")
+    return len(content["failures"])

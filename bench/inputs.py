@@ -1,0 +1,267 @@
+"""A case's tensors, its op's public function, and what a call of it consults and costs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from cases import Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fastvr import backend, tuning
+
+_MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
+
+
+def public(op: str) -> Callable[..., Tensor]:
+    """``fastvr.ops.<module>.<op>``, what a user calls."""
+    function: Callable[..., Tensor] = getattr(
+        importlib.import_module(f"fastvr.ops.{_MODULES.get(op, op)}"), op
+    )
+    return function
+
+
+class _Maker:
+    """Random tensors of one dtype on one device, the same for the same seed; on meta only their shapes."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.dtype, self.device = dtype, device
+        # made on the device: the real shapes hold gigabytes
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0, like: Any = None) -> Tensor:
+        dtype = like or self.dtype
+        if self.generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        values = torch.randn(shape, generator=self.generator, device=self.device)
+        return (values * scale + shift).to(dtype)
+
+    def image(self, *shape: int) -> Tensor:
+        return self.normal(*shape).to(memory_format=torch.channels_last)
+
+
+def _rows(case: Case) -> tuple[int, ...]:
+    return (case["batch"],) if case.get("tokens") is None else (case["batch"], case["tokens"])
+
+
+def _linear(case: Case, make: _Maker) -> dict[str, Any]:
+    k, n = case["k"], case["n"]
+    return {
+        "x": make.normal(*_rows(case), k),
+        "weight": make.normal(n, k, scale=k**-0.5),
+        "bias": make.normal(n) if case.get("bias", True) else None,
+        "act": case.get("act", "none"),
+        "gamma": make.normal(n) if case.get("gamma") else None,
+        "residual": make.normal(*_rows(case), n) if case.get("residual") else None,
+    }
+
+
+def _attention(case: Case, make: _Maker) -> dict[str, Any]:
+    heads = case["heads"]
+    return {"qkv": make.normal(*_rows(case), 3 * heads * case["head_dim"]), "num_heads": heads}
+
+
+def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, patch, dim, prefix = case["channels"], case["patch"], case["dim"], case.get("prefix", 1)
+    tokens = prefix + (case["height"] // patch) * (case["width"] // patch)
+    return {
+        "x": make.normal(case["batch"], channels, case["height"], case["width"]),
+        "weight": make.normal(dim, channels, patch, patch, scale=(channels * patch * patch) ** -0.5),
+        "bias": make.normal(dim) if case.get("bias", True) else None,
+        "pos_embed": make.normal(tokens, dim) if case.get("pos", True) else None,
+        "prefix_tokens": make.normal(prefix, dim) if prefix else None,
+    }
+
+
+def _layer_norm(case: Case, make: _Maker) -> dict[str, Any]:
+    dim = case["dim"]
+    return {
+        "x": make.normal(*_rows(case), dim),
+        "weight": make.normal(dim, scale=0.5, shift=1.0),
+        "bias": make.normal(dim),
+    }
+
+
+def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
+    dim, hidden = case["dim"], case["hidden"]
+    return {
+        "x": make.normal(*_rows(case), dim),
+        "ln_weight": make.normal(dim, scale=0.5, shift=1.0),
+        "ln_bias": make.normal(dim),
+        "fc1_weight": make.normal(hidden, dim, scale=dim**-0.5),
+        "fc1_bias": make.normal(hidden),
+        "fc2_weight": make.normal(dim, hidden, scale=hidden**-0.5),
+        "fc2_bias": make.normal(dim),
+        "act": case.get("act", "gelu"),
+        "gamma": make.normal(dim) if case.get("gamma") else None,
+        "residual": make.normal(*_rows(case), dim) if case.get("residual", True) else None,
+    }
+
+
+def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, out, kernel, groups = case["channels"], case["out"], case["kernel"], case.get("groups", 1)
+    stride, padding = case["stride"], case["padding"]
+    height, width = ((case[side] + 2 * padding - kernel) // stride + 1 for side in ("height", "width"))
+    fan_in = channels // groups * kernel * kernel
+    weight = make.normal(out, channels // groups, kernel, kernel, scale=(2 / fan_in) ** 0.5)
+    running = case.get("norm", "running") == "running"
+    variance = make.normal(out, scale=0.5, like=torch.float32).abs() + 0.5
+    return {
+        "x": make.image(case["batch"], channels, case["height"], case["width"]),
+        "weight": weight.to(memory_format=torch.channels_last),
+        "bn_weight": make.normal(out, scale=0.5, shift=1.0, like=torch.float32),
+        "bn_bias": make.normal(out, like=torch.float32),
+        "running_mean": make.normal(out, like=torch.float32) if running else None,
+        "running_var": variance if running else None,
+        "stride": stride,
+        "padding": padding,
+        "groups": groups,
+        "act": case.get("act", "relu"),
+        "residual": make.image(case["batch"], out, height, width) if case.get("residual") else None,
+    }
+
+
+def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
+    x = make.image(case["batch"], case["channels"], case["height"], case["width"])
+    return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
+
+
+def _avg_pool_linear(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, n = case["channels"], case["n"]
+    return {
+        "x": make.image(case["batch"], channels, case["height"], case["width"]),
+        "weight": make.normal(n, channels, scale=channels**-0.5),
+        "bias": make.normal(n) if case.get("bias", True) else None,
+    }
+
+
+_BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
+    "linear": _linear,
+    "attention": _attention,
+    "patch_embed": _patch_embed,
+    "layer_norm": _layer_norm,
+    "layernorm_mlp": _layernorm_mlp,
+    "conv_bn_relu": _conv_bn_relu,
+    "max_pool": _max_pool,
+    "avg_pool_linear": _avg_pool_linear,
+}
+
+
+def make(case: Case, dtype: torch.dtype, device: torch.device | str, *, seed: int = 0) -> dict[str, Any]:
+    """The arguments of ``public(case.op)``."""
+    return _BUILDERS[case.op](case, _Maker(dtype, torch.device(device), seed))
+
+
+def double(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in float64, for the truth."""
+    copied: dict[str, Any] = tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments
+    )
+    return copied
+
+
+def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
+    meta: dict[str, Any] = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), arguments)
+    return meta
+
+
+class SchemaCalls(TorchDispatchMode):
+    """Collects the calls of fastvr's operators with the arguments of their schema."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastvr":
+            self.calls.append((func._schema.name.removeprefix("fastvr::"), args))
+        return func(*args, **(kwargs or {}))
+
+
+def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
+    """(FLOPs, bytes) that one call must do at least, by the op's own ``cost``."""
+    from fastvr.ops._op import OPS
+
+    schema = SchemaCalls()
+    with backend.use_backend("triton"), schema:
+        public(op)(**on_meta(arguments))
+    costs = [OPS[name].cost(*args) for name, args in schema.calls]
+    if not costs:
+        raise RuntimeError(f"{op} called no operator of fastvr")
+    return sum(c.flops for c in costs), sum(c.bytes for c in costs)
+
+
+@dataclasses.dataclass
+class Knob:
+    """One configuration that a call asks for: under which name and key, and what it may be."""
+
+    name: str
+    key: str
+    candidates: list[dict[str, int]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Consulted:
+    """What calls asked the tuning table for, in their order."""
+
+    knobs: list[Knob] = dataclasses.field(default_factory=list)
+    choices: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def consulted() -> Iterator[Consulted]:
+    """Notes what the ops' kernels ask for inside the block, where neither table nor test gives an answer.
+
+    An op without a measured configuration asks its kernel module's ``default_config`` at once, whose arguments
+    include those of ``candidate_configs`` beside it: so the candidates need no list of their own here.
+    """
+    found = Consulted()
+    config, choice = tuning.config, tuning.choice
+
+    def asked_config(op: str, table_key: str, device: torch.device) -> tuning.Config | None:
+        found.knobs.append(Knob(op, table_key))
+        return config(op, table_key, device)
+
+    def asked_choice(table_key: str, device: torch.device, default: str) -> str:
+        found.choices.append(table_key)
+        return choice(table_key, device, default)
+
+    def asked_default(default: Any, candidates: Any) -> Callable[..., dict[str, int]]:
+        def asked(*args: Any, **kwargs: Any) -> dict[str, int]:
+            bound = inspect.signature(default).bind(*args, **kwargs)
+            bound.apply_defaults()
+            wanted = inspect.signature(candidates).parameters
+            found.knobs[-1].candidates = candidates(**{name: bound.arguments[name] for name in wanted})
+            result: dict[str, int] = default(*args, **kwargs)
+            return result
+
+        return asked
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tuning, "config", asked_config))
+        stack.enter_context(mock.patch.object(tuning, "choice", asked_choice))
+        for module, name in _defaults():
+            default = getattr(module, name)
+            candidates = getattr(module, name.replace("default_config", "candidate_configs"))
+            stack.enter_context(mock.patch.object(module, name, asked_default(default, candidates)))
+        yield found
+
+
+@functools.cache
+def _defaults() -> list[tuple[Any, str]]:
+    """(module, name) of every function that gives a kernel's default configuration."""
+    import fastvr.kernels
+
+    names = [info.name for info in pkgutil.iter_modules(fastvr.kernels.__path__)]
+    modules = [importlib.import_module(f"fastvr.kernels.{name}") for name in names if name != "configs"]
+    return [(module, name) for module in modules for name in vars(module) if name.endswith("default_config")]

@@ -1,0 +1,199 @@
+"""The command line: arguments in, calls out."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    help="Fused Triton kernels inside drop-in ViT and ResNet models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_PIPED_WIDTH = 100
+
+
+def _console() -> Console:
+    # where stdout is no terminal, Rich would take 80 columns and wrap tables that nobody needs wrapped
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_PIPED_WIDTH if piped else None, highlight=False)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"fastvr: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import fastvr
+
+        typer.echo(f"fastvr {fastvr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _batches(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        sizes = (0,)
+    if sizes[0] < 1:
+        _fail(f"--batch must be batch sizes such as 1,8,64; got {text!r}")
+    return sizes
+
+
+@app.command()
+def compare(
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Your photographs; scikit-learn's two without.")
+    ] = None,
+    vit_weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A timm or torchvision checkpoint of ViT-B/16.")
+    ] = None,
+    resnet_weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A torchvision or timm checkpoint of ResNet-50.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N,...", help="Batch sizes, besides 1.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16. On a GPU bfloat16, else float32.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="A column for torch.compile as well.")] = False,
+    train_seconds: Annotated[float, typer.Option(help="For learning the digits, in total.")] = 60.0,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Leave out learning the digits.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shorter run: fewer sizes, shorter timings.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every figure to FILE.")] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights, crops and training.")] = 0,
+) -> None:
+    """ViT-B/16 beside ResNet-50 on real photographs: cost, speed, parity, and what each needs to learn.
+
+    Exit status 1 where the numbers of a model are not PyTorch's, 130 after Ctrl-C (with a partial table).
+    """
+    from fastvr.backend import BackendError
+    from fastvr.compare import UsageError, run, table
+    from fastvr.compare.settings import DTYPES, Settings
+
+    if dtype is not None and dtype not in DTYPES:
+        _fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if not train_seconds >= 0 or train_seconds == float("inf"):
+        _fail(f"--train-seconds must be 0 or more; got {train_seconds}")
+    if quick and train_seconds == 60.0:
+        train_seconds = 12.0
+    settings = Settings(
+        images=images,
+        weights=(vit_weights, resnet_weights),
+        batches=_batches(batch),
+        dtype=dtype,
+        device=device,
+        compile=compile,
+        json=json,
+        train_seconds=0.0 if no_train else train_seconds,
+        quick=quick,
+        seed=seed,
+    )
+    comparison: run.Comparison | None = None
+    status = 0
+    try:
+        comparison = run.Comparison(settings)
+        comparison.run()
+    except KeyboardInterrupt:
+        status = 130
+    except (UsageError, BackendError) as error:
+        _fail(str(error))
+    if comparison is not None:
+        table.show(comparison.result, _console())
+        if json is not None:
+            typer.echo(f"Written to {json}", err=True)
+        if status == 0 and not comparison.passed:
+            status = 1
+    raise typer.Exit(status)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What this machine has, which implementation of each op runs on it and why, and what would help."""
+    from fastvr import doctor as module
+
+    found = module.report()
+    if json:
+        typer.echo(json_module.dumps(found, indent=1))
+    else:
+        _show_doctor(found, _console())
+
+
+def _show_doctor(found: dict[str, Any], console: Console) -> None:
+    environment, gpu, cache = found["environment"], found["environment"]["gpu"], found["cache"]
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_row("fastvr", found["fastvr"])
+    facts.add_row("Python", f"{environment['python']} on {environment['platform']}")
+    built = f"CUDA {environment['cuda']}" if environment["cuda"] else None
+    built = f"HIP {environment['hip']}" if environment["hip"] else built
+    facts.add_row(
+        "PyTorch", f"{environment['torch']}, built {f'for {built}' if built else 'without GPU support'}"
+    )
+    facts.add_row("Triton", environment["triton"] or "not installed")
+    facts.add_row(
+        "GPU",
+        f"{gpu['name']}, {gpu['architecture']}, {gpu['memory'] / 2**30:.0f} GiB"
+        if gpu
+        else "none that PyTorch sees",
+    )
+    facts.add_row("CPU", f"{environment['cpu']}, {environment['threads']} threads")
+    facts.add_row("interpreter", "on (TRITON_INTERPRET=1)" if found["interpreter"] else "off")
+    facts.add_row("C compiler", found["compiler"] or "none found")
+    facts.add_row("kernel cache", f"{cache['path']}, {'writable' if cache['writable'] else 'NOT WRITABLE'}")
+    if gpu:
+        entries = found["tuning"]["entries"]
+        facts.add_row(
+            "tuning table",
+            f"{found['tuning']['path']}, {entries} entries" if entries else "none for this GPU",
+        )
+    else:
+        facts.add_row("tuning table", "not used without a GPU")
+    installed = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    facts.add_row("also installed", ", ".join(installed) or "none of " + ", ".join(found["packages"]))
+    variables = [f"{name}={value}" for name, value in found["variables"].items()]
+    facts.add_row("variables", ", ".join(variables) or "none set")
+    facts.add_row("mode", found["mode"])
+    console.print(facts)
+    console.print()
+    ops = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    names = {"triton": "Triton", "pytorch": "PyTorch", "error": "ERROR"}
+    reasons = {entry["why"] for entry in found["ops"]}
+    for heading in ("op", "runs", "why")[: 2 if len(reasons) == 1 else 3]:
+        ops.add_column(heading)
+    for entry in found["ops"]:
+        why = [Text(entry["why"])] if len(reasons) > 1 else []
+        ops.add_row(entry["op"], names[entry["runs"]], *why)
+    console.print(ops)
+    if len(reasons) == 1:
+        console.print(Text(f"\nEvery op, because {reasons.pop()}."))
+    if found["advice"]:
+        console.print()
+    for line in found["advice"]:
+        console.print(Text(f"- {line}"))

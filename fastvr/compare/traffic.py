@@ -1,0 +1,210 @@
+"""Kernel launches and memory traffic of one forward pass, counted on meta tensors, with no GPU.
+
+Bytes are those of the tensors handed to each launch, read and written, each counted as if it came from and
+went to memory. Nothing comes from a formula: an op of ours is taken apart into the launches that its kernels
+make, and every fill, copy and cast in between counts as a launch of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvr import backend
+
+# Allocation and bookkeeping: they launch nothing. Views are recognised by their schema.
+_FREE = frozenset(
+    {
+        torch.ops.aten.detach.default,
+        torch.ops.aten.lift_fresh.default,
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+        torch.ops.aten._unsafe_view.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one forward pass hands to the GPU.
+
+    ``by_op`` splits both totals: by the name of a fastvr op for its kernels' launches, ``"aten.add.Tensor"``
+    for what PyTorch launches, ``"aten.clone.default in linear"`` for what an op of ours has PyTorch do.
+    """
+
+    launches: int
+    bytes: int
+    by_op: dict[str, tuple[int, int]]
+
+
+def count(model: Callable[[Tensor], Any], example: Tensor, *, arch: str = "sm_90") -> Traffic | None:
+    """Launches and bytes of ``model(example)`` with every fastvr op on its Triton kernel, as on ``arch``.
+
+    Args:
+        model: a module (it is copied to meta tensors and stays as it is) or any callable on meta tensors.
+        example: gives the shape, dtype and strides; its values and device do not matter.
+        arch: "sm_90", "gfx942", ...: which configurations are taken, hence which launches are made.
+
+    Returns:
+        None where Triton is not installed: the launches are in the kernels' own code.
+
+    Raises:
+        BackendError: an op has no kernel for its arguments; the message says why.
+    """
+    if backend.triton_missing() is not None:
+        return None
+    from fastvr.kernels.common import record_launches
+
+    counter = _Counter()
+    with backend.use_backend("triton"), backend.assume_architecture(arch), record_launches(counter.launched):
+        counter.run(model, example)
+    return counter.traffic()
+
+
+def eager_traffic(model: Callable[[Tensor], Any], example: Tensor) -> Traffic:
+    """Launches and bytes of ``model(example)`` in PyTorch alone; fastvr's own models run on the reference.
+
+    Every call that is not a view counts as one launch, and scaled dot product attention as one launch of
+    FlashAttention, which is what 16-bit tensors get on a GPU.
+    """
+    counter = _Counter()
+    with backend.use_backend("reference"):
+        counter.run(model, example)
+    return counter.traffic()
+
+
+def flops(model: nn.Module, example: Tensor) -> int:
+    """Floating-point operations of one ``model(example)``: two for a multiply-add, matrix products and
+    convolutions only."""
+    counter = FlopCounterMode(display=False)
+    module = meta_copy(model)
+    with backend.use_backend("reference"), torch.no_grad(), counter:
+        module(torch.empty_like(example, device="meta"))
+    return int(counter.get_total_flops())
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The module with its parameters and buffers on meta, strides kept; no memory is allocated for them."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes in memory that the tensor's elements take: an expanded dimension is one element there."""
+    if not tensor.numel():
+        return 0
+    once = (n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
+    return math.prod(once) * tensor.element_size()
+
+
+def _distinct(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, two views of the same bytes counted once."""
+    sizes: dict[tuple[int, int, int], int] = {}
+    for tensor in tensors:
+        size = _nbytes(tensor)
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        sizes[tensor.untyped_storage()._cdata, start, size] = size
+    return sum(sizes.values())
+
+
+class _FlashAttention(TorchFunctionMode):
+    """On meta tensors SDPA would fall apart into its math, which no GPU runs."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
+            return torch.ops.aten._scaled_dot_product_flash_attention.default(
+                *args,
+                kwargs.get("dropout_p", 0.0),
+                kwargs.get("is_causal", False),
+                False,
+                scale=kwargs.get("scale"),
+            )[0]
+        return func(*args, **kwargs)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_op: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+        self._inside: list[str] = []
+
+    def run(self, model: Callable[[Tensor], Any], example: Tensor) -> None:
+        if isinstance(model, nn.Module):
+            model = meta_copy(model)
+        with torch.no_grad(), _FlashAttention():
+            x = torch.empty_like(example, device="meta", requires_grad=False)
+            with self:
+                model(x)
+
+    def traffic(self) -> Traffic:
+        by_op = {name: (launches, size) for name, (launches, size) in self._by_op.items()}
+        return Traffic(
+            launches=sum(launches for launches, _ in by_op.values()),
+            bytes=sum(size for _, size in by_op.values()),
+            by_op=by_op,
+        )
+
+    def _add(self, name: str, size: int) -> None:
+        entry = self._by_op[name]
+        entry[0] += 1
+        entry[1] += size
+
+    def launched(
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        """A recorder for ``record_launches``: one launch, with the tensors handed to it."""
+        # a host tensor descriptor holds its tensor as .base
+        values = (getattr(value, "base", value) for value in arguments.values())
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        self._add(self._inside[-1] if self._inside else kernel.__name__, _distinct(tensors))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fastvr":
+            return self._open(func, args)
+        out = func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if func in _FREE or func.is_view or not results:
+            return out
+        read = _distinct(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        size = read + sum(_nbytes(result) for result in results)
+        self._add(f"{func} in {self._inside[-1]}" if self._inside else str(func), size)
+        return out
+
+    def _open(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+        """Run an op of ours by its kernel function, with this mode still counting what that does."""
+        from fastvr.ops._op import OPS
+
+        op = OPS[func._schema.name.removeprefix("fastvr::")]
+        reason = op.unsupported(*args)
+        if reason is not None:
+            raise backend.BackendError(f"fastvr.{op.name}: no Triton kernel runs here: {reason}")
+        self._inside.append(op.name)
+        try:
+            with self:
+                return op.kernel(*args)
+        finally:
+            self._inside.pop()

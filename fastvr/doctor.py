@@ -1,0 +1,234 @@
+"""What this machine has, which implementation of each op runs on it, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvr import backend, tuning
+
+VARIABLES = ("FASTVR_BACKEND", "FASTVR_STRICT", "FASTVR_TUNING_TABLE", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+_PEERS = ("timm", "torchvision", "scikit-learn", "pillow", "transformers")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, as every measurement should carry them."""
+    gpu: dict[str, Any] | None = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {
+            "name": properties.name,
+            "architecture": backend.architecture(device),
+            "memory": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "device": str(device),
+        "gpu": gpu,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def report() -> dict[str, Any]:
+    """Everything that ``fastvr doctor`` shows, JSON-ready: ``environment``, ``packages``, ``interpreter``,
+    ``compiler``, ``cache``, ``tuning``, ``variables``, ``ops`` and ``advice``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {
+        "fastvr": importlib.metadata.version("fastvr"),
+        "environment": environment(device),
+        "packages": {name: _version(name) for name in _PEERS},
+        "interpreter": backend.interpreting(),
+        "compiler": next(filter(None, map(shutil.which, _compilers())), None),
+        "cache": _cache(),
+        "tuning": _table(device),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "mode": backend.current_backend(),
+        "unavailable": backend.unavailable(device),
+        "ops": choices(device),
+    }
+    found["advice"] = _advice(found, device)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _compilers() -> list[str]:
+    # Triton compiles its launcher with $CC, gcc or clang, in that order
+    return [name for name in (os.environ.get("CC", ""), "gcc", "clang") if name]
+
+
+def _cache() -> dict[str, Any]:
+    path = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return {"path": str(path), "writable": os.access(there, os.W_OK)}
+
+
+def _table(device: torch.device) -> dict[str, Any]:
+    override = os.environ.get("FASTVR_TUNING_TABLE")
+    if device.type != "cuda":
+        return {"path": override, "entries": None}
+    gpu = torch.cuda.get_device_name(device)
+    path = (
+        Path(override) if override else tuning.table_path(gpu) if importlib.util.find_spec("triton") else None
+    )
+    return {"path": path and str(path), "entries": len(tuning._table(gpu)) if path else 0}
+
+
+# ------------------------------------------------------------------------------ which op runs on what
+
+
+class _Ask(TorchDispatchMode):
+    """Stands where an op would run: notes what would, and lets nothing run."""
+
+    def __init__(self, device: torch.device, mode: backend.Mode) -> None:
+        super().__init__()
+        self._device = device
+        self._mode = mode
+        self.found: dict[str, dict[str, str]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace != "fastvr":
+            return func(*args, **(kwargs or {}))
+        from fastvr.ops._op import OPS
+
+        op = OPS[func._schema.name.removeprefix("fastvr::")]
+        runs, why = self._choice(op, args)
+        self.found[op.name] = {"runs": runs, "why": why}
+        return torch.empty_like(args[0])
+
+    def _choice(self, op: Any, args: tuple[Any, ...]) -> tuple[str, str]:
+        if self._mode == "reference":
+            return "pytorch", "use_backend('reference') or FASTVR_BACKEND=reference asks for it"
+        reason = backend.unavailable(self._device) or op.unsupported(*args)
+        if reason is not None:
+            if self._mode == "triton":
+                return "error", f"the mode is 'triton', and {reason}"
+            return "pytorch", reason
+        if self._mode == "triton":
+            return "triton", "use_backend('triton') or FASTVR_BACKEND=triton asks for it"
+        if self._device.type == "cpu":
+            return "pytorch", "the interpreter checks kernels; it runs them only in the mode 'triton'"
+        if op.measured(*args) == "reference":
+            return "pytorch", "the vendor's kernel: nothing faster was measured on this GPU"
+        return "triton", "this op's default, or the tuning table's choice"
+
+
+def choices(device: torch.device) -> list[dict[str, str]]:
+    """For each op, called as ViT-B/16 or ResNet-50 calls it at batch 8: ``op``, ``runs`` ("triton", "pytorch"
+    or "error") and ``why``. Nothing is computed."""
+    mode = backend.current_backend()
+    asked = []
+    for name, call in _calls(device, torch.bfloat16).items():
+        ask = _Ask(device, mode)
+        # under "triton" every op goes through torch.ops.fastvr, where it can be caught
+        with backend.use_backend("triton"), torch.no_grad(), ask:
+            call()
+        asked.append({"op": name, **ask.found[name]})
+    return asked
+
+
+def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    from fastvr.ops.attention import attention
+    from fastvr.ops.conv_bn_relu import conv_bn_relu
+    from fastvr.ops.layer_norm import layer_norm
+    from fastvr.ops.layernorm_mlp import layernorm_mlp
+    from fastvr.ops.linear import linear
+    from fastvr.ops.patch_embed import patch_embed
+    from fastvr.ops.pool import avg_pool_linear, max_pool
+
+    def t(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    tokens, d = t(8, 197, 768), 768
+    return {
+        "patch_embed": lambda: patch_embed(t(8, 3, 224, 224), t(d, 3, 16, 16), t(d)),
+        "layer_norm": lambda: layer_norm(tokens, t(d), t(d)),
+        "linear": lambda: linear(tokens, t(3 * d, d), t(3 * d)),
+        "attention": lambda: attention(t(8, 197, 3 * d), 12),
+        "layernorm_mlp": lambda: layernorm_mlp(
+            tokens, t(d), t(d), t(4 * d, d), t(4 * d), t(d, 4 * d), t(d), residual=tokens
+        ),
+        "conv_bn_relu": lambda: conv_bn_relu(
+            t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last), t(64, 64, 3, 3), padding=1
+        ),
+        "max_pool": lambda: max_pool(t(8, 64, 112, 112), 3, 2, 1),
+        "avg_pool_linear": lambda: avg_pool_linear(t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+    }
+
+
+# ------------------------------------------------------------------------------------------- advice
+
+
+def _advice(found: dict[str, Any], device: torch.device) -> list[str]:
+    advice = []
+    missing_triton = backend.triton_missing()
+    if missing_triton:
+        advice.append(f"{missing_triton}: without it fastvr runs PyTorch. On Linux: pip install triton")
+    if device.type == "cpu":
+        advice.append(
+            "PyTorch sees no GPU, so fastvr runs PyTorch's own operators: the same numbers, no speed-up. "
+            + (
+                "This PyTorch is built without GPU support."
+                if _cpu_build()
+                else "Check the driver: nvidia-smi."
+            )
+        )
+        if not missing_triton and not found["interpreter"]:
+            advice.append(
+                "To run the kernels themselves here, slowly, as a check: fastvr compare does; "
+                "or TRITON_INTERPRET=1 with FASTVR_BACKEND=triton."
+            )
+    else:
+        if found["interpreter"]:
+            advice.append("Unset TRITON_INTERPRET: with it no kernel runs on the GPU.")
+        if not found["compiler"]:
+            advice.append("Install a C compiler (gcc or clang): Triton builds its launcher with it.")
+        if found["tuning"]["entries"] == 0:
+            advice.append(
+                f"No tuning table for {found['environment']['gpu']['name']}: the vendor's matrix products "
+                "and convolutions run. FASTVR_TUNING_TABLE names a table measured on this GPU."
+            )
+    if not found["cache"]["writable"]:
+        advice.append(
+            f"{found['cache']['path']} is not writable: set TRITON_CACHE_DIR to a directory that is."
+        )
+    if found["mode"] == "triton" and found["unavailable"]:
+        advice.append("FASTVR_BACKEND=triton raises on every call here; unset it, or take auto.")
+    return advice
+
+
+def _cpu_build() -> bool:
+    return torch.version.cuda is None and torch.version.hip is None

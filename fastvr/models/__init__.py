@@ -1,0 +1,1 @@
+"""The model families: configuration in, module tree out."""

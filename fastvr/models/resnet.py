@@ -1,0 +1,201 @@
+"""ResNets (He et al., 2016), v1.5, with torchvision's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fastvr.models._model import Model, check_image
+from fastvr.nn.conv_bn_relu import conv_bn_relu
+from fastvr.nn.head import classify_map, pool_map
+from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1
+
+
+class ResNet(Model):
+    """A residual network; the state-dict keys are those of torchvision's ``ResNet``.
+
+    The convolutions' weights lie in channels_last from the start. Images may be in either layout.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`Bottleneck`.
+        layers: blocks in each of the four stages.
+        num_classes: logits; 0 for none (``fc`` is an identity).
+        in_chans: channels of the images.
+        width: channels of the stem and of the first stage's 3x3 convolutions.
+        zero_init_residual: start each branch's last BatchNorm at 0, so that a block begins as an identity.
+        global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        width: int = 64,
+        zero_init_residual: bool = False,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"ResNet: layers must be four positive integers; got {list(layers)}")
+        for name, value in (("in_chans", in_chans), ("width", width)):
+            if value < 1:
+                raise ValueError(f"ResNet: {name} must be at least 1; got {value}")
+        _check_pool(global_pool, num_classes)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = 8 * width * block.expansion
+
+        self.conv1: nn.Module = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.relu: nn.Module = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1: nn.Module = _stage(block, width, width, layers[0], 1)
+        self.layer2: nn.Module = _stage(block, width * block.expansion, 2 * width, layers[1], 2)
+        self.layer3: nn.Module = _stage(block, 2 * width * block.expansion, 4 * width, layers[2], 2)
+        self.layer4: nn.Module = _stage(block, 4 * width * block.expansion, 8 * width, layers[3], 2)
+        self.avgpool: nn.Module = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                module.to(memory_format=torch.channels_last)
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.last_norm
+                assert isinstance(last, nn.BatchNorm2d)
+                nn.init.zeros_(last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images.
+
+        Args:
+            x: [N, in_chans, H, W] of any size, in the weights' dtype and on their device.
+
+        Returns:
+            [N, num_classes]; with ``num_classes=0`` the pooled features, with ``global_pool=""`` the map.
+
+        Raises:
+            ValueError: x's rank, channels, dtype or device.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
+        check_image("ResNet", x, self.in_chans, None, self.conv1)
+        x = pool_map(self.maxpool, conv_bn_relu(self.conv1, self.bn1, self.relu, x))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the pooled features."""
+        if not self.global_pool:
+            return x
+        if pre_logits:
+            return torch.flatten(self.avgpool(x), 1)
+        return classify_map(self.avgpool, self.fc, x)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an identity."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for ``num_classes`` (0: an identity); ``global_pool`` None leaves the pooling."""
+        pool = self.global_pool if global_pool is None else global_pool
+        _check_pool(pool, num_classes)
+        like = next(self.parameters())
+        if num_classes:
+            self.fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+        else:
+            self.fc = nn.Identity()
+        self.fc.train(self.training)
+        self.num_classes, self.global_pool = num_classes, pool
+        self.changed()
+
+
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"ResNet: num_classes must be at least 0; got {num_classes}")
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"ResNet: global_pool must be 'avg' or ''; got {global_pool!r}")
+    if not global_pool and num_classes:
+        raise ValueError(f"ResNet: global_pool must be 'avg' for a classifier of {num_classes}; got ''")
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck], inplanes: int, planes: int, blocks: int, stride: int
+) -> nn.Sequential:
+    outplanes = planes * block.expansion
+    downsample = None
+    if stride != 1 or inplanes != outplanes:
+        downsample = nn.Sequential(conv1x1(inplanes, outplanes, stride), nn.BatchNorm2d(outplanes))
+    rest = (block(outplanes, planes) for _ in range(1, blocks))
+    return nn.Sequential(block(inplanes, planes, stride, downsample), *rest)
+
+
+PRESETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class _Preset(ResNet):
+    preset: ClassVar[str]
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        zero_init_residual: bool = False,
+        global_pool: str = "avg",
+    ) -> None:
+        block, layers = PRESETS[self.preset]
+        super().__init__(
+            block,
+            layers,
+            num_classes,
+            in_chans,
+            zero_init_residual=zero_init_residual,
+            global_pool=global_pool,
+        )
+
+
+class ResNet18(_Preset):
+    """18 layers in basic blocks; arguments as :class:`ResNet`'s."""
+
+    preset = "resnet18"
+
+
+class ResNet34(_Preset):
+    """34 layers in basic blocks; arguments as :class:`ResNet`'s."""
+
+    preset = "resnet34"
+
+
+class ResNet50(_Preset):
+    """50 layers in bottlenecks; arguments as :class:`ResNet`'s."""
+
+    preset = "resnet50"
+
+
+class ResNet101(_Preset):
+    """101 layers in bottlenecks; arguments as :class:`ResNet`'s."""
+
+    preset = "resnet101"
+
+
+class ResNet152(_Preset):
+    """152 layers in bottlenecks; arguments as :class:`ResNet`'s."""
+
+    preset = "resnet152"

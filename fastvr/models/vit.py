@@ -1,0 +1,320 @@
+"""Vision Transformers (Dosovitskiy et al., 2021) with timm's names and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvr.models._model import Model, check_image
+from fastvr.nn.block import Block
+from fastvr.nn.head import classify_tokens, pool_tokens
+from fastvr.nn.patch_embed import PatchEmbed, add_tokens
+from fastvr.nn.plain import layer_norm, plain, plain_norm
+
+_POOLS = ("token", "avg", "")
+
+
+class ViT(Model):
+    """A Vision Transformer; the state-dict keys are those of timm's ``VisionTransformer``.
+
+    ``norm_first=False, act="relu", norm_eps=1e-5`` is the kind that a plain ``nn.TransformerEncoder`` makes.
+
+    Args:
+        img_size: height and width of the images, one number or a pair.
+        patch_size: height and width of a patch; divides ``img_size``.
+        in_chans: channels of the images.
+        num_classes: logits; 0 for none (the head is an identity).
+        embed_dim: width of the tokens, a multiple of ``num_heads``.
+        depth: number of blocks.
+        num_heads: heads of each attention.
+        mlp_ratio: the MLP's hidden width over ``embed_dim``.
+        qkv_bias: whether query, key and value have a bias.
+        init_values: first value of LayerScale; None for no LayerScale.
+        global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), or every
+            token ("").
+        class_token: whether there is one.
+        reg_tokens: number of register tokens (Darcet et al., 2024).
+        no_embed_class: whether positions are for patches only.
+        fc_norm: whether the last norm follows the pooling instead of preceding it; None: where that is "avg".
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, of the embedded
+            tokens, of the blocks' branches, of the attention weights.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        norm_first: pre-norm or post-norm blocks.
+        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        norm_eps: LayerNorm's eps.
+
+    Raises:
+        ValueError: values that do not fit together; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        global_pool: str = "token",
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        fc_norm: bool | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_first: bool = True,
+        act: str = "gelu",
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
+        if image[0] % patch[0] or image[1] % patch[1]:
+            raise ValueError(f"ViT: img_size must be a multiple of patch_size {patch}; got {image}")
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
+        least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
+        for name, (value, minimum) in (least | {"reg_tokens": (reg_tokens, 0)}).items():
+            if value < minimum:
+                raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
+        _check_pool(global_pool, class_token)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.has_class_token = class_token
+        self.num_reg_tokens = reg_tokens
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.no_embed_class = no_embed_class
+
+        self.patch_embed: nn.Module = PatchEmbed(image, patch, in_chans, embed_dim)
+        self.img_size = image
+        self.grid_size = self.patch_embed.grid_size
+        tokens = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
+        self.pos_drop: nn.Module = nn.Dropout(pos_drop_rate)
+        self.blocks: nn.Module = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    init_values=init_values,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=drop_path_rate * i / max(depth - 1, 1),
+                    act=act,
+                    norm_first=norm_first,
+                    norm_eps=norm_eps,
+                )
+                for i in range(depth)
+            )
+        )
+        after_pool = global_pool == "avg" if fc_norm is None else fc_norm
+        self.norm: nn.Module = nn.Identity() if after_pool else nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.fc_norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if after_pool else nn.Identity()
+        self.head_drop: nn.Module = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        # timm's: the convolution and the norms keep PyTorch's own
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                _init_linear(module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images.
+
+        Args:
+            x: [B, in_chans, height, width], in the weights' dtype and on their device.
+
+        Returns:
+            [B, num_classes]; with ``global_pool=""`` [B, tokens, num_classes].
+
+        Raises:
+            ValueError: x's rank, size, dtype or device.
+        """
+        x = self._encode(x)
+        if self.global_pool == "token" and plain_norm(self.norm):
+            # the other tokens' norms would be thrown away
+            return self._classify(layer_norm(self.norm, x[:, 0], for_matmul=plain(self.head, nn.Linear)))
+        return self.forward_head(layer_norm(self.norm, x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens after the last norm, [B, tokens, embed_dim]; ``x`` as for :meth:`forward`."""
+        return layer_norm(self.norm, self._encode(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the features before the head."""
+        return self._classify(pool_tokens(x, self.global_pool, self.num_prefix_tokens), pre_logits)
+
+    def get_intermediate_layers(
+        self,
+        x: torch.Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Tokens after chosen blocks, as timm and DINOv2 give them.
+
+        Args:
+            x: as for :meth:`forward`.
+            n: the last ``n`` blocks, or the blocks with these indices.
+            reshape: [B, embed_dim, rows, columns] instead of [B, patches, embed_dim].
+            return_prefix_tokens: pairs of patches and prefix tokens.
+            norm: put every result through the last norm.
+        """
+        blocks = list(self.blocks.children())
+        if isinstance(n, int):
+            if not 0 < n <= len(blocks):
+                raise ValueError(f"ViT: n must be from 1 to the number of blocks, {len(blocks)}; got {n}")
+            wanted = set(range(len(blocks) - n, len(blocks)))
+        else:
+            if any(not -len(blocks) <= i < len(blocks) for i in n):
+                raise ValueError(f"ViT: n must hold indices of the {len(blocks)} blocks; got {list(n)}")
+            wanted = {i % len(blocks) for i in n}
+        results: list[Any] = []
+        x = self._embed(x)
+        for i, block in enumerate(blocks[: max(wanted, default=-1) + 1]):
+            x = block(x)
+            if i not in wanted:
+                continue
+            tokens = layer_norm(self.norm, x) if norm else x
+            prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
+            if reshape:
+                patches = patches.unflatten(1, self.grid_size).permute(0, 3, 1, 2).contiguous()
+            results.append((patches, prefix) if return_prefix_tokens else patches)
+        return results
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an identity."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes`` (0: an identity); ``global_pool`` None leaves the pooling.
+
+        The last norm stays where it was built, before or after the pooling.
+        """
+        if num_classes < 0:
+            raise ValueError(f"ViT: num_classes must be at least 0; got {num_classes}")
+        if global_pool is not None:
+            _check_pool(global_pool, self.has_class_token)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = self.pos_embed
+        if num_classes:
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            _init_linear(self.head)
+        else:
+            self.head = nn.Identity()
+        self.head.train(self.training)
+        self.changed()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimisers leave without weight decay."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        embed = self.patch_embed
+        check_image("ViT", x, self.in_chans, self.img_size, getattr(embed, "proj", embed))
+        width = self.embed_dim
+        given = [t.view(-1, width) for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = None if not given else given[0] if len(given) == 1 else torch.cat(given)
+        pos_embed: torch.Tensor = self.pos_embed
+        if self.no_embed_class and self.num_prefix_tokens:
+            pos_embed = F.pad(pos_embed, (0, 0, self.num_prefix_tokens, 0))
+        if plain(embed, PatchEmbed):
+            x = embed.tokens(x, pos_embed, prefix)
+        else:
+            x = add_tokens(embed(x), pos_embed, prefix)
+        y: torch.Tensor = self.pos_drop(x)
+        return y
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.blocks(self._embed(x))
+        return y
+
+    def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.head_drop(layer_norm(self.fc_norm, x))
+        return x if pre_logits else classify_tokens(self.head, x)
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or min(both) < 1:
+        raise ValueError(f"ViT: {name} must be one or two positive integers; got {value!r}")
+    return both
+
+
+def _check_pool(global_pool: str, class_token: bool) -> None:
+    if global_pool not in _POOLS:
+        raise ValueError(f"ViT: global_pool must be 'token', 'avg' or ''; got {global_pool!r}")
+    if global_pool == "token" and not class_token:
+        raise ValueError("ViT: global_pool must be 'avg' or '' without a class token; got 'token'")
+
+
+def _init_linear(module: nn.Linear) -> None:
+    nn.init.trunc_normal_(module.weight, std=0.02)
+    # the stub says Parameter, but bias=False leaves None
+    bias: torch.Tensor | None = module.bias
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "vit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+
+def _preset(name: str, overrides: dict[str, Any]) -> ViT:
+    return ViT(**{**PRESETS[name], **overrides})
+
+
+def vit_tiny(**overrides: Any) -> ViT:
+    """ViT-Ti/16 at 224 pixels: width 192, 12 blocks, 3 heads. ``overrides`` as :class:`ViT` takes them."""
+    return _preset("vit_tiny", overrides)
+
+
+def vit_small(**overrides: Any) -> ViT:
+    """ViT-S/16 at 224 pixels: width 384, 12 blocks, 6 heads."""
+    return _preset("vit_small", overrides)
+
+
+def vit_base(**overrides: Any) -> ViT:
+    """ViT-B/16 at 224 pixels: width 768, 12 blocks, 12 heads."""
+    return _preset("vit_base", overrides)
+
+
+def vit_large(**overrides: Any) -> ViT:
+    """ViT-L/16 at 224 pixels: width 1024, 24 blocks, 16 heads."""
+    return _preset("vit_large", overrides)
+
+
+def vit_huge(**overrides: Any) -> ViT:
+    """ViT-H/14 at 224 pixels: width 1280, 32 blocks, 16 heads."""
+    return _preset("vit_huge", overrides)

@@ -1,0 +1,1 @@
+"""Modules: parameters, names (timm's and torchvision's) and train/eval state; ops compute."""

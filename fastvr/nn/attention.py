@@ -1,0 +1,74 @@
+"""Multi-head self-attention (Vaswani et al., 2017) with packed query, key and value."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastvr.nn.plain import idle, join, layer_norm, linear, plain
+from fastvr.ops.attention import attention
+from fastvr.ops.linear import linear as linear_op
+
+
+class Attention(nn.Module):
+    """Self-attention with timm's names.
+
+    Args:
+        dim: width of the tokens, a multiple of ``num_heads``.
+        num_heads: number of heads.
+        qkv_bias: whether query, key and value have a bias.
+        attn_drop: dropout of the attention weights. A hook on this module sees them, [B, heads, N, N].
+        proj_drop: dropout of the result.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"Attention: num_heads must divide dim, which is {dim}; got {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop: nn.Module = nn.Dropout(attn_drop)
+        self.proj: nn.Module = nn.Linear(dim, dim)
+        self.proj_drop: nn.Module = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] to [B, N, D]."""
+        return self.branch(x)
+
+    def branch(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module | None = None,
+        gamma: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``residual + gamma * attention(norm(x))``, in as few launches as the modules' state allows."""
+        if norm is not None:
+            x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
+        qkv = linear(self.qkv, x)
+        y = attention(qkv, self.num_heads, scale=self.scale) if idle(self.attn_drop) else self._observed(qkv)
+        proj = self.proj
+        if plain(proj, nn.Linear) and idle(self.proj_drop):
+            return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual)
+        return join(self.proj_drop(linear(proj, y)), gamma, residual)
+
+    def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        if plain(self.attn_drop, nn.Dropout):
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, scale=self.scale)
+        else:
+            weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+            y = self.attn_drop(weights) @ v
+        return y.transpose(1, 2).flatten(2)

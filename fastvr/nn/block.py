@@ -1,0 +1,117 @@
+"""A transformer block: attention and MLP, each with norm, LayerScale, stochastic depth and residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastvr.nn.attention import Attention
+from fastvr.nn.mlp import Mlp
+from fastvr.nn.plain import idle, layer_norm, plain
+
+
+class LayerScale(nn.Module):
+    """``x * gamma``, a learnt scale a channel (Touvron et al., 2021)."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training a sample's branch is zero with ``drop_prob``, and
+    the others are scaled so that the mean stays."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)
+        if self.drop_prob < 1:
+            keep = keep / (1 - self.drop_prob)
+        return x * keep
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+class Block(nn.Module):
+    """A transformer block with timm's names.
+
+    Pre-norm (``norm_first``): ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Post-norm:
+    ``norm1(x + attn(x))``, then ``norm2(x + mlp(x))``, as ``nn.TransformerEncoderLayer`` has it by default.
+    Where nothing inside is observed, replaced or dropping, a pre-norm block is six launches.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of heads.
+        mlp_ratio: the MLP's hidden width over ``dim``.
+        qkv_bias: whether query, key and value have a bias.
+        init_values: LayerScale's first value; None for no LayerScale.
+        proj_drop, attn_drop, drop_path: dropout of the branches, of the attention weights, of whole branches.
+        act: the MLP's activation, "gelu", "gelu_tanh" or "relu".
+        norm_first: pre-norm or post-norm.
+        norm_eps: LayerNorm's eps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act: str = "gelu",
+        norm_first: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn: nn.Module = Attention(
+            dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+        )
+        self.ls1: nn.Module = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path1: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
+        self.ls2: nn.Module = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.drop_path2: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, D] to [B, N, D]."""
+        if self.norm_first:
+            x = _branch(self.attn, x, self.norm1, self.ls1, self.drop_path1)
+            return _branch(self.mlp, x, self.norm2, self.ls2, self.drop_path2)
+        x = layer_norm(self.norm1, _branch(self.attn, x, None, self.ls1, self.drop_path1))
+        return layer_norm(self.norm2, _branch(self.mlp, x, None, self.ls2, self.drop_path2))
+
+
+def _branch(
+    module: nn.Module, x: torch.Tensor, norm: nn.Module | None, scale: nn.Module, drop_path: nn.Module
+) -> torch.Tensor:
+    """``x + drop_path(scale(module(norm(x))))``."""
+    gamma = scale.gamma if plain(scale, LayerScale) else None
+    scaled = gamma is not None or plain(scale, nn.Identity)
+    if scaled and (plain(module, Attention) or plain(module, Mlp)):
+        if idle(drop_path) or (plain(drop_path, DropPath) and not _drops(drop_path)):
+            return module.branch(x, norm, gamma, residual=x)
+        y = module.branch(x, norm, gamma)
+    else:
+        y = scale(module(x if norm is None else layer_norm(norm, x)))
+    dropped: torch.Tensor = drop_path(y)
+    return x + dropped
+
+
+def _drops(drop_path: DropPath) -> bool:
+    return drop_path.training and drop_path.drop_prob > 0

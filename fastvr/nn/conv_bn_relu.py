@@ -1,0 +1,119 @@
+"""Convolution, BatchNorm, residual addition and activation of separate modules, as one computation."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from fastvr.nn.plain import plain
+from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
+
+
+class ScaleShift(nn.Module):
+    """``x * scale + shift`` a channel: what ``prepare`` makes of a BatchNorm in eval.
+
+    ``scale`` and ``shift`` are [C], float32 (float64 for a float64 model), whatever the model's dtype.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, var = bn.running_mean, bn.running_var
+        if mean is None or var is None:
+            raise ValueError("ScaleShift: bn must have running statistics; got track_running_stats=False")
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        scale = (var.detach().double() + bn.eps).rsqrt()
+        # the stubs say Parameter, but affine=False leaves None
+        weight: torch.Tensor | None = bn.weight
+        bias: torch.Tensor | None = bn.bias
+        if weight is not None:
+            scale = scale * weight.detach().double()
+        shift = -mean.detach().double() * scale
+        if bias is not None:
+            shift = shift + bias.detach().double()
+        self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("shift", shift.to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.scale[:, None, None] + self.shift[:, None, None]
+        return y.to(x.dtype)
+
+
+def conv_bn_relu(
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``relu(bn(conv(x)) + residual)``; ``relu`` None is none.
+
+    One launch where ``bn`` normalises by its running statistics (in eval, or frozen in training) and no
+    module is observed or replaced. Batch statistics, and the running ones that they move, stay the BatchNorm
+    module's own affair.
+    """
+    if plain_conv(conv) and (relu is None or plain(relu, nn.ReLU)):
+        act = "none" if relu is None else "relu"
+        if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+            if conv.bias is None:
+                return conv_bn_relu_op(
+                    x,
+                    conv.weight,
+                    bn.weight,
+                    bn.bias,
+                    bn.running_mean,
+                    bn.running_var,
+                    eps=bn.eps,
+                    stride=conv.stride,
+                    padding=conv.padding,  # type: ignore[arg-type]
+                    groups=conv.groups,
+                    act=act,
+                    residual=residual,
+                )
+        elif plain(bn, ScaleShift) and conv.bias is None:
+            return conv_bn_relu_op(
+                x,
+                conv.weight,
+                bn.scale,
+                bn.shift,
+                stride=conv.stride,
+                padding=conv.padding,  # type: ignore[arg-type]
+                groups=conv.groups,
+                act=act,
+                residual=residual,
+            )
+    y: torch.Tensor = bn(convolve(conv, x))
+    if residual is not None:
+        y = y + residual
+    return y if relu is None else relu(y)
+
+
+def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``conv(x)``, through the op where ``conv`` is plain."""
+    if plain_conv(conv):
+        return conv_bn_relu_op(
+            x,
+            conv.weight,
+            None,
+            conv.bias,
+            stride=conv.stride,
+            padding=conv.padding,  # type: ignore[arg-type]
+            groups=conv.groups,
+            act="none",
+        )
+    y: torch.Tensor = conv(x)
+    return y
+
+
+def plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether ``conv`` is a plain ``nn.Conv2d`` that the op can compute: zero padding, no dilation."""
+    return (
+        plain(conv, nn.Conv2d)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )

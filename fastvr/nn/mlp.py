@@ -1,0 +1,95 @@
+"""The two-layer perceptron of a transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
+from fastvr.ops.layernorm_mlp import layernorm_mlp
+from fastvr.ops.linear import linear as linear_op
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
+class Mlp(nn.Module):
+    """``fc2(act(fc1(x)))`` with timm's names.
+
+    Args:
+        in_features: width of the tokens.
+        hidden_features: width between the two layers.
+        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        drop: dropout after each layer.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_features: int, *, act: str = "gelu", drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        if act not in _ACTIVATIONS:
+            raise ValueError(f"Mlp: act must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {act!r}")
+        self.fc1: nn.Module = nn.Linear(in_features, hidden_features)
+        self.act: nn.Module = _ACTIVATIONS[act]()
+        self.drop1: nn.Module = nn.Dropout(drop)
+        self.fc2: nn.Module = nn.Linear(hidden_features, in_features)
+        self.drop2: nn.Module = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] to [..., D]."""
+        return self.branch(x)
+
+    def branch(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module | None = None,
+        gamma: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``residual + gamma * mlp(norm(x))``, in as few launches as the modules' state allows."""
+        fc1, fc2 = self.fc1, self.fc2
+        act = fused_name(self.act)
+        if (
+            act is not None
+            and idle(self.drop1)
+            and idle(self.drop2)
+            and norm is not None
+            and plain_norm(norm)
+            and plain(fc1, nn.Linear)
+            and plain(fc2, nn.Linear)
+        ):
+            return layernorm_mlp(
+                x,
+                norm.weight,
+                norm.bias,
+                fc1.weight,
+                fc1.bias,
+                fc2.weight,
+                fc2.bias,
+                eps=norm.eps,
+                act=act,
+                gamma=gamma,
+                residual=residual,
+            )
+        if norm is not None:
+            x = layer_norm(norm, x, for_matmul=plain(fc1, nn.Linear))
+        if act is not None and plain(fc1, nn.Linear):
+            x = linear_op(x, fc1.weight, fc1.bias, act=act)
+        else:
+            x = self.act(linear(fc1, x))
+        x = self.drop1(x)
+        if plain(fc2, nn.Linear) and idle(self.drop2):
+            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual)
+        return join(self.drop2(linear(fc2, x)), gamma, residual)
+
+
+def fused_name(act: nn.Module) -> str | None:
+    """What ops call this activation, or None where they do not have it."""
+    if plain(act, nn.GELU):
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return "relu" if plain(act, nn.ReLU) else None

@@ -1,0 +1,85 @@
+"""Which modules a container may compute for, with their parameters, instead of calling them.
+
+A container that fuses never calls the modules inside it. So it asks here first whether anybody would notice:
+a hook, a subclass or a replacement (LoRA, quantisation), a patched ``forward``. Where somebody would, that
+module is called, and the numbers stay within the parity rule.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastvr.ops import _check
+from fastvr.ops.layer_norm import layer_norm as layer_norm_op
+from fastvr.ops.linear import linear as linear_op
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether ``module`` is exactly a ``kind`` whose call nobody observes or replaced."""
+    return (
+        type(module) is kind
+        and not has_hooks(module)
+        and "forward" not in module.__dict__
+        and not _has_any_global_hook()
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after ``module``'s forward or backward pass."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def idle(module: nn.Module) -> bool:
+    """Whether ``module`` is a dropout (or an identity in its place) that passes its input on as it is."""
+    if plain(module, nn.Dropout):
+        return not module.training or module.p == 0
+    return plain(module, nn.Identity)
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``module(x)``, through the op where ``module`` is a plain ``nn.Linear``."""
+    if plain(module, nn.Linear):
+        return linear_op(x, module.weight, module.bias)
+    return _called(module, x)
+
+
+def plain_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether ``module`` is a plain ``nn.LayerNorm`` over the last dimension with a weight."""
+    # the stub says Parameter, but elementwise_affine=False leaves None
+    weight: torch.Tensor | None = module.weight if plain(module, nn.LayerNorm) else None
+    return weight is not None and weight.dim() == 1
+
+
+def layer_norm(module: nn.Module, x: torch.Tensor, *, for_matmul: bool = False) -> torch.Tensor:
+    """``module(x)``, through the op where ``module`` is a plain ``nn.LayerNorm``.
+
+    ``for_matmul``: only a matmul reads the result, so that autocast may round it to its dtype at once.
+    """
+    if plain_norm(module):
+        narrow = for_matmul and x.dtype != torch.float64
+        out_dtype = _check.autocast_dtype(x.device) if narrow else None
+        return layer_norm_op(x, module.weight, module.bias, module.eps, out_dtype=out_dtype)
+    return _called(module, x)
+
+
+def join(y: torch.Tensor, gamma: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """``residual + gamma * y`` for a branch that could not be fused."""
+    if gamma is not None:
+        y = y * gamma
+    return y if residual is None else residual + y
+
+
+def _called(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = module(x)
+    return result

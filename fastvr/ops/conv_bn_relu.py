@@ -1,0 +1,286 @@
+"""conv_bn_relu: y = act(bn(conv(x)) + residual), one launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fastvr import backend, tuning
+from fastvr.ops import _check
+from fastvr.ops._op import Cost, Op
+from fastvr.ops.linear import result_dtype
+from fastvr.reference.conv_bn_relu import ACTIVATIONS
+from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
+
+_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def conv_bn_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    act: str = "relu",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 2-d convolution with BatchNorm (of running statistics), residual and activation in one launch.
+
+    Computes ``act(bn(conv(x)) + residual)``. BatchNorm is applied to the float32 accumulator from its
+    vectors as they are, so nothing is prepared and nothing goes stale; the result is rounded once.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 runs in PyTorch); channels_last is fast, any
+            strides work without a copy.
+        weight: [O, C / groups, kh, kw], x's dtype; channels_last is fast, any strides work.
+        bn_weight, bn_bias: [O] or None; float32 or x's dtype.
+        running_mean, running_var: [O], both or neither; float32 or x's dtype. With neither, the result is
+            ``act(conv(x) * bn_weight + bn_bias + residual)``: a prepared scale and shift, or a bias alone.
+        eps: added to running_var.
+        stride, padding: one number, or (vertical, horizontal).
+        groups: as in ``torch.nn.Conv2d``.
+        act: "none" or "relu".
+        residual: [N, O, OH, OW], any floating dtype and strides.
+
+    Returns:
+        [N, O, OH, OW], channels_last, in the dtype that PyTorch's promotion of x and residual gives.
+
+    Under autocast x and weight are cast to its dtype; the BatchNorm vectors and residual stay as they are.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; the message names it.
+    """
+    op = "conv_bn_relu"
+    _check.operand(op, "x", x)
+    _check.operand(op, "weight", weight)
+    if (dtype := _check.autocast_dtype(x.device)) is not None:
+        x, weight = _check.cast(x, dtype), _check.cast(weight, dtype)
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"{op}: weight must be [out_channels, C / groups, kh, kw]; got {list(weight.shape)}")
+    out_channels, group_channels, kh, kw = weight.shape
+    stride = pair(op, "stride", stride, 1)
+    padding = pair(op, "padding", padding, 0)
+    if not isinstance(groups, int) or groups < 1 or out_channels % groups:
+        raise ValueError(
+            f"{op}: groups must be a divisor of weight's {out_channels} output channels; got {groups}"
+        )
+    if x.dim() != 4 or x.shape[1] != group_channels * groups:
+        raise ValueError(
+            f"{op}: x must be [N, {group_channels * groups}, H, W] for a weight of {list(weight.shape)} "
+            f"in {groups} groups; got {list(x.shape)}"
+        )
+    n, _, h, w = x.shape
+    oh, ow = output_size(h, kh, stride[0], padding[0]), output_size(w, kw, stride[1], padding[1])
+    if oh < 1 or ow < 1:
+        raise ValueError(
+            f"{op}: x must be at least {kh} x {kw} (the window) with its padding of {padding}; got {h} x {w}"
+        )
+    _check.companion(op, "weight", weight, tuple(weight.shape), x, dtype=x.dtype)
+    for name, vector in zip(_VECTORS, (bn_weight, bn_bias, running_mean, running_var), strict=True):
+        _check.companion(op, name, vector, (out_channels,), x)
+        if vector is not None and vector.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"{op}: {name} must be float32 or {x.dtype}, as x is; got {vector.dtype}")
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
+    _check.companion(op, "residual", residual, (n, out_channels, oh, ow), x)
+    _check.choice(op, "act", act, ACTIVATIONS)
+    return CONV_BN_RELU(
+        x,
+        weight,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        float(eps),
+        stride,
+        padding,
+        groups,
+        act,
+        residual,
+    )
+
+
+def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
+    """``value`` as [vertical, horizontal], both at least ``least``."""
+    both = [value, value] if isinstance(value, int) else list(value)
+    if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
+        raise ValueError(f"{op}: {name} must be one or two integers of at least {least}; got {value!r}")
+    return both
+
+
+def output_size(size: int, window: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - window) // stride + 1
+
+
+def _output_shape(
+    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int, int, int]:
+    n, _, h, w = x.shape
+    o, _, kh, kw = weight.shape
+    return n, o, output_size(h, kh, stride[0], padding[0]), output_size(w, kw, stride[1], padding[1])
+
+
+def table_key(
+    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> str:
+    n, o, oh, ow = _output_shape(x, weight, stride, padding)
+    _, c, kh, kw = weight.shape
+    rows = tuning.bucket(n * oh * ow)
+    return tuning.key(
+        "conv_bn_relu", x.dtype, m=rows, o=o, c=c, kh=kh, kw=kw, sh=stride[0], sw=stride[1], g=groups
+    )
+
+
+def _kernel(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    act: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    from fastvr.kernels.conv_bn_relu import default_config, is_flat, launch_conv_bn_relu_fwd
+
+    n, o, oh, ow = shape = _output_shape(x, weight, stride, padding)
+    y = backend.empty(
+        shape, dtype=result_dtype(x, residual), device=x.device, memory_format=torch.channels_last
+    )
+    if n == 0:
+        return y
+    config = tuning.config("conv_bn_relu", table_key(x, weight, stride, padding, groups), x.device)
+    if config is None:
+        arch = backend.architecture(x.device)
+        flat = is_flat(*weight.shape[1:])
+        config = default_config(n * oh * ow, o // groups, x.dtype, arch, flat=flat)
+    launch_conv_bn_relu_fwd(
+        x=x,
+        weight=weight,
+        # dense already unless somebody hands in a strided view
+        bn_weight=None if bn_weight is None else bn_weight.contiguous(),
+        bn_bias=None if bn_bias is None else bn_bias.contiguous(),
+        running_mean=None if running_mean is None else running_mean.contiguous(),
+        running_var=None if running_var is None else running_var.contiguous(),
+        residual=residual,
+        y=y,
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        groups=groups,
+        act=act,
+        eps=eps,
+        config=config,
+    )
+    return y
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    act: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    shape = _output_shape(x, weight, stride, padding)
+    return torch.empty(
+        shape, dtype=result_dtype(x, residual), device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _unsupported(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    act: str,
+    residual: torch.Tensor | None,
+) -> str | None:
+    n, _, oh, ow = _output_shape(x, weight, stride, padding)
+    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(
+        x, weight, bn_weight, bn_bias, running_mean, running_var, residual
+    )
+
+
+def too_many_pixels(pixels: int) -> str | None:
+    # kernels count output pixels, up to the end of the last tile, in 32 bits
+    return f"{pixels} output pixels; kernels take up to 2^31 - 1024" if pixels > 2**31 - 1024 else None
+
+
+def _measured(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    *others: object,
+) -> str:
+    # without a measurement the vendor's convolution runs
+    return tuning.choice(table_key(x, weight, stride, padding, groups), x.device, "reference")
+
+
+def _cost(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    act: str,
+    residual: torch.Tensor | None,
+) -> Cost:
+    shape = _output_shape(x, weight, stride, padding)
+    result = math.prod(shape)
+    n, c, h, w = x.shape
+    # a stride wider than the window leaves rows and columns of x unread
+    read = n * c * min(h, shape[2] * weight.shape[2]) * min(w, shape[3] * weight.shape[3])
+    others = (weight, bn_weight, bn_bias, running_mean, running_var, residual)
+    moved = read * x.element_size() + sum(t.numel() * t.element_size() for t in others if t is not None)
+    return Cost(2 * result * math.prod(weight.shape[1:]), moved + result * result_dtype(x, residual).itemsize)
+
+
+CONV_BN_RELU = Op(
+    "conv_bn_relu",
+    "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
+    "float eps, int[] stride, int[] padding, int groups, str act, Tensor? residual",
+    kernel=_kernel,
+    reference=reference,
+    fake=_fake,
+    unsupported=_unsupported,
+    measured=_measured,
+    cost=_cost,
+)

@@ -1,0 +1,225 @@
+"""max_pool, and avg_pool_linear: global average pooling with the classifier behind it; one launch each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastvr import backend, tuning
+from fastvr.ops import _check
+from fastvr.ops._op import Cost, Op
+from fastvr.ops.conv_bn_relu import output_size, pair, too_many_pixels
+from fastvr.reference import pool as reference
+
+
+def max_pool(
+    x: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+) -> torch.Tensor:
+    """2-d max pooling. A NaN in a window is its maximum, as in PyTorch.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 runs in PyTorch), any strides.
+        kernel_size: one number, or (vertical, horizontal).
+        stride: likewise; None is kernel_size.
+        padding: likewise, with -inf, at most half of kernel_size.
+
+    Returns:
+        [N, C, OH, OW], channels_last, x's dtype.
+
+    Under autocast nothing is cast.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value; the message names it.
+    """
+    op = "max_pool"
+    _check.operand(op, "x", x)
+    window = pair(op, "kernel_size", kernel_size, 1)
+    step = window if stride is None else pair(op, "stride", stride, 1)
+    border = pair(op, "padding", padding, 0)
+    if any(2 * p > k for p, k in zip(border, window, strict=True)):
+        raise ValueError(f"{op}: padding must be at most half of kernel_size {window}; got {border}")
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"{op}: x must be [N, C, H, W] with C > 0; got {list(x.shape)}")
+    if min(_pooled_shape(x, window, step, border)[2:]) < 1:
+        raise ValueError(
+            f"{op}: x must be at least {window[0]} x {window[1]} (the window) with its padding of {border}; "
+            f"got {x.shape[2]} x {x.shape[3]}"
+        )
+    return MAX_POOL(x, window, step, border)
+
+
+def avg_pool_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x.mean((2, 3)) @ weight.T + bias``: global average pooling and the classifier in one launch.
+
+    Sums are taken in float32, and the mean is rounded to weight's dtype.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 runs in PyTorch), any strides.
+        weight: [out_features, C], x's dtype.
+        bias: [out_features], x's dtype.
+
+    Returns:
+        [N, out_features] in weight's dtype.
+
+    Under autocast weight and bias are cast to its dtype, and so is the mean; x is read as it is.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device; the message names it.
+    """
+    op = "avg_pool_linear"
+    _check.operand(op, "x", x)
+    _check.operand(op, "weight", weight)
+    dtype = x.dtype
+    if x.dtype != torch.float64 and (autocast := _check.autocast_dtype(x.device)) is not None:
+        dtype = autocast
+        weight, bias = _check.cast(weight, dtype), _check.cast_or_none(bias, dtype)
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"{op}: weight must be [out_features, C]; got {list(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() != 4 or x.shape[1] != k or 0 in x.shape[2:]:
+        raise ValueError(f"{op}: x must be [N, {k}, H, W] for a weight of {[n, k]}; got {list(x.shape)}")
+    _check.companion(op, "weight", weight, (n, k), x, dtype=dtype)
+    _check.companion(op, "bias", bias, (n,), x, dtype=dtype)
+    return AVG_POOL_LINEAR(x, weight, bias)
+
+
+def _pooled_shape(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int, int, int]:
+    n, c, h, w = x.shape
+    return (
+        n,
+        c,
+        output_size(h, window[0], stride[0], padding[0]),
+        output_size(w, window[1], stride[1], padding[1]),
+    )
+
+
+def max_pool_table_key(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> str:
+    n, c, oh, ow = _pooled_shape(x, window, stride, padding)
+    sizes = {"kh": window[0], "kw": window[1], "sh": stride[0], "sw": stride[1]}
+    return tuning.key("max_pool", x.dtype, m=tuning.bucket(n * oh * ow), c=c, **sizes)
+
+
+def _max_pool_kernel(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    from fastvr.kernels.pool import launch_max_pool_fwd, max_pool_default_config
+
+    n, c, oh, ow = shape = _pooled_shape(x, window, stride, padding)
+    y = backend.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if n == 0:
+        return y
+    config = tuning.config("max_pool", max_pool_table_key(x, window, stride, padding), x.device)
+    launch_max_pool_fwd(
+        x=x,
+        y=y,
+        kernel_size=(window[0], window[1]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[1]),
+        config=config or max_pool_default_config(n * oh * ow, c, x.dtype, backend.architecture(x.device)),
+    )
+    return y
+
+
+def _max_pool_fake(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    shape = _pooled_shape(x, window, stride, padding)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _max_pool_unsupported(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> str | None:
+    n, _, oh, ow = _pooled_shape(x, window, stride, padding)
+    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(x)
+
+
+def _max_pool_measured(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> str:
+    return tuning.choice(max_pool_table_key(x, window, stride, padding), x.device, "triton")
+
+
+def _max_pool_cost(
+    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Cost:
+    n, c, oh, ow = _pooled_shape(x, window, stride, padding)
+    return Cost(0, (x.numel() + n * c * oh * ow) * x.element_size())
+
+
+MAX_POOL = Op(
+    "max_pool",
+    "Tensor x, int[] kernel_size, int[] stride, int[] padding",
+    kernel=_max_pool_kernel,
+    reference=reference.max_pool,
+    fake=_max_pool_fake,
+    unsupported=_max_pool_unsupported,
+    measured=_max_pool_measured,
+    cost=_max_pool_cost,
+)
+
+
+def avg_pool_linear_table_key(x: torch.Tensor, weight: torch.Tensor) -> str:
+    n, k = weight.shape
+    pixels = x.shape[2] * x.shape[3]
+    return tuning.key("avg_pool_linear", weight.dtype, m=tuning.bucket(x.shape[0]), n=n, k=k, p=pixels)
+
+
+def _avg_pool_linear_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from fastvr.kernels.pool import avg_pool_linear_default_config, launch_avg_pool_linear_fwd
+
+    b, n = x.shape[0], weight.shape[0]
+    y = backend.empty((b, n), dtype=weight.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    config = tuning.config("avg_pool_linear", avg_pool_linear_table_key(x, weight), x.device)
+    arch = backend.architecture(x.device)
+    launch_avg_pool_linear_fwd(
+        x=x,
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        y=y,
+        config=config or avg_pool_linear_default_config(b, n, weight.dtype, arch),
+    )
+    return y
+
+
+def _avg_pool_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return weight.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _avg_pool_linear_unsupported(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> str | None:
+    return _check.kernel_dtypes(x, weight, bias)
+
+
+def _avg_pool_linear_measured(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+    # without a measurement the vendor's GEMM runs
+    return tuning.choice(avg_pool_linear_table_key(x, weight), x.device, "reference")
+
+
+def _avg_pool_linear_cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Cost:
+    b, n = x.shape[0], weight.shape[0]
+    moved = sum(t.numel() * t.element_size() for t in (x, weight, bias) if t is not None)
+    return Cost(2 * b * weight.numel(), moved + b * n * weight.element_size())
+
+
+AVG_POOL_LINEAR = Op(
+    "avg_pool_linear",
+    "Tensor x, Tensor weight, Tensor? bias",
+    kernel=_avg_pool_linear_kernel,
+    reference=reference.avg_pool_linear,
+    fake=_avg_pool_linear_fake,
+    unsupported=_avg_pool_linear_unsupported,
+    measured=_avg_pool_linear_measured,
+    cost=_avg_pool_linear_cost,
+)

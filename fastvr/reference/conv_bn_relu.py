@@ -1,0 +1,53 @@
+"""y = act(bn(conv(x)) + residual)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = ("none", "relu")
+
+
+def _one_dtype(y: torch.Tensor, *vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The vectors as F.batch_norm takes them beside y: all in one dtype, y's own or a wider one."""
+    dtypes = {v.dtype for v in vectors if v is not None}
+    if len(dtypes) == 1 and y.dtype != torch.float64:
+        return list(vectors)
+    dtype = functools.reduce(torch.promote_types, dtypes, y.dtype)
+    return [None if v is None else v.to(dtype) for v in vectors]
+
+
+def conv_bn_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    act: str = "relu",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
+    if running_mean is not None:
+        scale, shift, mean, var = _one_dtype(y, bn_weight, bn_bias, running_mean, running_var)
+        y = F.batch_norm(y, mean, var, scale, shift, False, 0.0, eps)
+    else:
+        dtype = y.dtype
+        if bn_weight is not None:
+            y = y * bn_weight[:, None, None]
+        if bn_bias is not None:
+            y = y + bn_bias[:, None, None]
+        y = y.to(dtype)
+    if residual is not None:
+        y = y + residual
+    if act == "relu":
+        y = F.relu(y)
+    # the layout that the kernel writes, and that the operator's fake implementation promises
+    return y.contiguous(memory_format=torch.channels_last)

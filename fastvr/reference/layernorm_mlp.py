@@ -1,0 +1,26 @@
+"""A transformer's MLP with the LayerNorm before it and the residual addition behind it."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvr.reference.layer_norm import layer_norm
+from fastvr.reference.linear import linear
+
+
+def layernorm_mlp(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    act: str = "gelu",
+) -> torch.Tensor:
+    normed = layer_norm(x, ln_weight, ln_bias, eps, fc1_weight.dtype)
+    hidden = linear(normed, fc1_weight, fc1_bias, act=act)
+    return linear(hidden, fc2_weight, fc2_bias, gamma, residual)

@@ -1,0 +1,105 @@
+"""A plain training loop for image classifiers, with a budget of seconds in place of epochs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WARM_UP = 0.05  # share of the budget in which the learning rate rises
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training run went; ``loss`` is the mean over its last epoch."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    loss: float
+
+
+def fit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seconds: float,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    label_smoothing: float = 0.1,
+    seed: int = 0,
+    step: Callable[[float], None] = lambda share: None,
+) -> Fit:
+    """Train ``model`` in place with AdamW until ``seconds`` are over.
+
+    The learning rate rises linearly and then falls to zero along a cosine (Loshchilov and Hutter, 2017) over
+    the share of the time that has passed, so that a run is complete on a fast machine and on a slow one; what
+    differs is the number of epochs. The order of the samples depends on ``seed`` alone. Weights of one
+    dimension (biases, norms) do not decay.
+
+    Args:
+        model: moved and cast by the caller; left in eval.
+        x: [N, C, H, W] on the model's device.
+        y: [N] int64 classes.
+        step: called after every step with the share of the budget that has passed.
+
+    Raises:
+        ValueError: no samples, or no time.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    if not len(x) or seconds <= 0:
+        raise ValueError(f"fit: needs samples and seconds > 0; got {len(x)} samples, {seconds} s")
+    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(x))
+    model.train()
+    losses: list[Tensor] = []
+    a_pass = len(x) // batch_size
+    steps, order = 0, torch.empty(0, dtype=torch.int64)
+    start = time.perf_counter()
+    while (share := (time.perf_counter() - start) / seconds) < 1:
+        # a rest below one batch is dropped: BatchNorm over a sample or two is noise
+        if len(order) < batch_size:
+            order = torch.randperm(len(x), generator=generator)
+        batch, order = order[:batch_size].to(x.device), order[batch_size:]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _schedule(share)
+        loss = F.cross_entropy(model(x[batch]), y[batch], label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses = [*losses[-(a_pass - 1) :], loss.detach()] if a_pass > 1 else [loss.detach()]
+        steps += 1
+        step(share)
+    model.eval()
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"fit: the loss is {mean} after {steps} steps")
+    return Fit(steps, steps * batch_size / len(x), time.perf_counter() - start, mean)
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
+    """Share of ``x`` that the model, in eval, puts into its class ``y``."""
+    model.eval()
+    with torch.no_grad():
+        hits = [
+            (model(part).argmax(-1) == truth).sum()
+            for part, truth in zip(x.split(batch_size), y.split(batch_size), strict=True)
+        ]
+    return int(torch.stack(hits).sum()) / len(x)
+
+
+def _schedule(share: float) -> float:
+    if share < _WARM_UP:
+        return max(share / _WARM_UP, 0.01)
+    return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))

@@ -1,0 +1,1 @@
+"""Checkpoints: one file a layout, and ``load.py``, which recognises them."""

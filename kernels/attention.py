@@ -1,0 +1,188 @@
+"""Self-attention over packed qkv: softmax(scale * q k') v for every head, in one launch.
+
+qkv [B, N, 3 * H * D] holds q, k and v side by side, each head-major (timm's packing); y [B, N, H * D]. A
+program takes BLOCK_M queries of one head and walks the keys once with an online softmax (Milakov and
+Gimelshein, 2018; FlashAttention, Dao et al., 2022): scores, maxima, sums and the accumulator are float32, the
+unnormalised probabilities are rounded to v's dtype before the second product, and the result is rounded once.
+
+Vision sequences are a few keys longer than a multiple of 64 (a class token, registers): whole blocks run
+without masks, and what is left runs in steps of 16, so that one extra key does not cost a block of 64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastvr.kernels.common import dot_precision, launch
+
+TAIL = 16  # the smallest inner dimension of a 16-bit tensor-core product
+
+
+@triton.jit
+def _attend(
+    q,
+    k_ptrs,
+    v_ptrs,
+    keys,
+    columns,
+    running_max,
+    total,
+    acc,
+    scale_log2,
+    MASKED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys; ``running_max`` is the running maximum of ``score * scale_log2``."""
+    if MASKED:
+        # zeros, not whatever follows: a probability of 0 times a neighbour's NaN is NaN
+        k = tl.load(k_ptrs, mask=keys[:, None] & columns[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=keys[:, None] & columns[None, :], other=0.0)
+    elif EVEN_D:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=columns[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=columns[None, :], other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(keys[None, :], scores, float("-inf"))
+    # a NaN that the maximum drops comes back through the exponential
+    new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)
+    # where every score so far is -inf, subtracting the maximum would make NaN of a probability of 0
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores * scale_log2 - shift[:, None])
+    correction = tl.exp2(running_max - shift)
+    total = total * correction + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+    return new_max, total, acc
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr,  # [B, N, 3, H, D]
+    y_ptr,  # [B, N, H, D], contiguous
+    N,
+    stride_qb,
+    stride_qn,
+    scale_log2,  # scale * log2(e), positive
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # neighbours share keys and values, in L2; all in one grid dimension, since y and z end at 65,535
+    blocks = tl.cdiv(N, BLOCK_M)
+    pid = tl.program_id(0)
+    sample = (pid // (blocks * NUM_HEADS)).to(tl.int64)
+    head = pid // blocks % NUM_HEADS
+    first = pid % blocks * BLOCK_M
+    stride_row = tl.cast(stride_qn, tl.int64)
+    EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
+    offs_d = tl.arange(0, BLOCK_D)
+    columns = offs_d < HEAD_DIM
+
+    # 64-bit pointers to the head of a block, 32-bit offsets inside it (the op sees to that): 64-bit ones cost
+    # registers enough to spill
+    head_ptr = qkv_ptr + sample * stride_qb + head * HEAD_DIM
+    # queries past the end repeat the last one and are never stored
+    rows = tl.minimum(tl.arange(0, BLOCK_M), N - 1 - first)
+    q_ptrs = head_ptr + first * stride_row + (rows[:, None] * stride_qn + offs_d[None, :])
+    q = tl.load(q_ptrs, mask=columns[None, :], other=0.0)
+
+    running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    k_ptr = head_ptr + NUM_HEADS * HEAD_DIM
+    v_ptr = head_ptr + 2 * NUM_HEADS * HEAD_DIM
+    offs_n = tl.arange(0, BLOCK_N)
+    block = offs_n[:, None] * stride_qn + offs_d[None, :]
+    whole = N // BLOCK_N * BLOCK_N
+    for _ in range(0, whole, BLOCK_N):
+        running_max, total, acc = _attend(
+            q, k_ptr + block, v_ptr + block, offs_n < N, columns, running_max, total, acc,
+            scale_log2, False, EVEN_D, PRECISION,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * stride_row
+        v_ptr += BLOCK_N * stride_row
+
+    offs_t = tl.arange(0, TAIL)
+    tail = offs_t[:, None] * stride_qn + offs_d[None, :]
+    for start in tl.range(whole, N, TAIL, num_stages=1):
+        running_max, total, acc = _attend(
+            q, k_ptr + tail, v_ptr + tail, start + offs_t < N, columns, running_max, total, acc,
+            scale_log2, True, EVEN_D, PRECISION,
+        )  # fmt: skip
+        k_ptr += TAIL * stride_row
+        v_ptr += TAIL * stride_row
+
+    acc *= (1.0 / total)[:, None]
+    offs_m = tl.arange(0, BLOCK_M)
+    y_head = y_ptr + (sample * N + first) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+    y_ptrs = y_head + (offs_m[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :])
+    mask = (offs_m < N - first)[:, None] & columns[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[dict[str, int]]:
+    """Configurations that fit ``arch`` for this head_dim; the first is the default."""
+    wide = head_dim > 64
+    if arch == "interpreter":
+        return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
+    if arch.startswith("gfx"):
+        if dtype == torch.float32:
+            return [_tile(32, 32, 4, 1), _tile(16, 16, 4, 1)]
+        return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
+    if dtype == torch.float32:
+        # IEEE float32 has no matrix instruction on NVIDIA, and its products unroll the whole inner dimension
+        # into registers: larger tiles spill
+        return (
+            [_tile(32, 16, 8, 1), _tile(16, 16, 4, 1)] if wide else [_tile(32, 32, 4, 1), _tile(64, 16, 8, 1)]
+        )
+    if wide:
+        return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
+    # 128 keys a step save a rescaling of the accumulator, and lose where many keys are left for the tail
+    return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
+
+
+def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:
+    """The configuration without a measurement: 64 queries waste little of 197 or 257."""
+    return candidate_configs(dtype, arch, head_dim=head_dim)[0]
+
+
+def launch_attention_fwd(
+    *,
+    qkv: torch.Tensor,  # [B, N, 3 * H * D], last dimension contiguous
+    y: torch.Tensor,  # [B, N, H * D], contiguous
+    num_heads: int,
+    scale: float,
+    config: dict[str, int],
+) -> None:
+    B, N, width = y.shape
+    head_dim = width // num_heads
+    grid = (B * num_heads * triton.cdiv(N, config["BLOCK_M"]),)
+    arguments: dict[str, Any] = {
+        "qkv_ptr": qkv,
+        "y_ptr": y,
+        "N": N,
+        "stride_qb": qkv.stride(0),
+        "stride_qn": qkv.stride(1),
+        "scale_log2": scale * 1.4426950408889634,
+        "NUM_HEADS": num_heads,
+        "HEAD_DIM": head_dim,
+        "PRECISION": dot_precision(qkv.dtype),
+        "TAIL": TAIL,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+    }
+    launch(_attention_fwd_kernel, grid, config, **arguments)

@@ -1,0 +1,317 @@
+"""Convolution, BatchNorm, residual addition and activation in one launch: y = act(bn(conv(x)) + residual).
+
+An implicit GEMM: rows are output pixels (N*OH*OW), columns the output channels of one group, and K runs over
+the window's taps and, innermost, the group's input channels, as in channels_last memory. Products are
+accumulated in float32. BatchNorm is applied to that accumulator from its four vectors as they are,
+scale = bn_weight * rsqrt(running_var + eps), shift = bn_bias - running_mean * scale: folded into 16-bit
+weights it would cost a rounding of each (RMS error 0.85 to 1.04 of eager's, against 0.67 to 0.72 so).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastvr.kernels.common import activate, dot_precision, launch, swizzle
+
+
+@triton.jit
+def _window_offsets(channels, kh, kw, stride_c, stride_h, stride_w):
+    tap = tl.cast(kh, tl.int64) * stride_h + tl.cast(kw, tl.int64) * stride_w
+    return channels.to(tl.int64) * stride_c + tap
+
+
+@triton.jit
+def _batch_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, BLOCK: tl.constexpr):
+    """Scale and shift of BLOCK output channels, float32."""
+    scale = tl.full((BLOCK,), 1.0, tl.float32)
+    if var_ptr is not None:
+        scale = tl.rsqrt(tl.load(var_ptr + offs, mask=mask, other=1.0).to(tl.float32) + eps)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if mean_ptr is not None:
+        shift -= tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale
+    return scale, shift
+
+
+# sizes of the image matter to nothing but divisions: one binary for every batch and resolution
+@triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
+def _conv_bn_relu_fwd_kernel(
+    x_ptr,  # [N, C * groups, H, W], any strides
+    weight_ptr,  # [O, C, KH, KW], any strides
+    bn_weight_ptr,  # [O] or None
+    bn_bias_ptr,  # [O] or None
+    running_mean_ptr,  # [O] or None: bn_weight and bn_bias are scale and shift themselves
+    running_var_ptr,  # [O] or None
+    residual_ptr,  # [N, O, OH, OW], any strides, or None
+    y_ptr,  # [N, O, OH, OW], channels_last
+    M,  # N * OH * OW
+    GROUP_O,  # output channels of a group
+    C,  # input channels of a group
+    H,
+    W,
+    OH,
+    OW,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_wo,
+    stride_wc,
+    stride_wh,
+    stride_ww,
+    stride_rn,
+    stride_rc,
+    stride_rh,
+    stride_rw,
+    stride_ym,  # O
+    stride_h,  # of the convolution
+    stride_w,
+    pad_h,
+    pad_w,
+    eps,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    CHANNELS: tl.constexpr,  # C where K is split into tap and channel: divisions by a constant
+    PADDED: tl.constexpr,
+    X_ROWS: tl.constexpr,  # the window is one pixel and row m of the GEMM lies at m * stride_xw
+    RESIDUAL_ROWS: tl.constexpr,  # row m of the residual lies at m * stride_rw
+    FLAT_K: tl.constexpr,  # a block of K may cross taps
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(GROUP_O, BLOCK_N)
+    group = tl.program_id(0) // (num_m * num_n)
+    pid_m, pid_n = swizzle(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    # the op keeps M below 2^31, and divisions of 32 bits are several times cheaper than those of 64
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # rows and columns past the end repeat the last ones: no masks along them, and they are never stored
+    rows = tl.minimum(offs_m, M - 1)
+    columns = tl.minimum(offs_n, GROUP_O - 1)
+    first_o = group.to(tl.int64) * GROUP_O
+
+    x_group = x_ptr + group.to(tl.int64) * C * stride_xc
+    if X_ROWS:
+        x_rows = x_group + rows.to(tl.int64) * stride_xw
+    else:
+        pixels = rows % (OH * OW)
+        top = pixels // OW * stride_h - pad_h
+        left = pixels % OW * stride_w - pad_w
+        x_rows = (
+            x_group
+            + (rows // (OH * OW)).to(tl.int64) * stride_xn
+            + top.to(tl.int64) * stride_xh
+            + left.to(tl.int64) * stride_xw
+        )
+    w_columns = weight_ptr + (first_o + columns) * stride_wo
+
+    K = KH * KW * C
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        offs = start + offs_k
+        inside = offs < K
+        if KH * KW == 1:
+            channels = offs
+            kh = 0
+            kw = 0
+        else:
+            # without FLAT_K a block lies inside one tap, whose place is then a scalar
+            tap = offs // CHANNELS if FLAT_K else start // CHANNELS
+            channels = offs % CHANNELS if FLAT_K else start % CHANNELS + offs_k
+            kh = tap // KW
+            kw = tap % KW
+        x_offs = _window_offsets(channels, kh, kw, stride_xc, stride_xh, stride_xw)
+        w_offs = _window_offsets(channels, kh, kw, stride_wc, stride_wh, stride_ww)
+
+        x_ptrs = x_rows[:, None] + x_offs[None, :]
+        if PADDED:
+            if FLAT_K:
+                ih = top[:, None] + (tap // KW)[None, :]
+                iw = left[:, None] + (tap % KW)[None, :]
+            else:
+                ih = (top + kh)[:, None]
+                iw = (left + kw)[:, None]
+            # as unsigned numbers, what lies before the image lies far behind it
+            mask = (ih.to(tl.uint32) < H.to(tl.uint32)) & (iw.to(tl.uint32) < W.to(tl.uint32))
+            if not EVEN_K:
+                mask = mask & inside[None, :]
+            x = tl.load(x_ptrs, mask=mask, other=0.0)
+        elif EVEN_K:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        w_ptrs = w_columns[None, :] + w_offs[:, None]
+        w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    if RESIDUAL_ROWS:
+        residual_rows = residual_ptr + rows.to(tl.int64) * stride_rw
+    elif residual_ptr is not None:
+        residual_rows = (
+            residual_ptr
+            + (rows // (OH * OW)).to(tl.int64) * stride_rn
+            + (rows % (OH * OW) // OW).to(tl.int64) * stride_rh
+            + (rows % OW).to(tl.int64) * stride_rw
+        )
+    y_rows = y_ptr + rows.to(tl.int64) * stride_ym
+    # in halves: a whole tile's scale, shift and residual beside its accumulator do not fit in registers
+    HALF: tl.constexpr = BLOCK_N // 2
+    acc_left, acc_right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        # not the clamped columns, whose contiguity, and so wide loads and stores, the compiler cannot see
+        offs_n = pid_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
+        offs_o = group.to(tl.int64) * GROUP_O + offs_n
+        mask_o = offs_n < GROUP_O
+        scale, shift = _batch_norm(
+            bn_weight_ptr, bn_bias_ptr, running_mean_ptr, running_var_ptr, offs_o, mask_o, eps, HALF
+        )
+        part = acc_left if half == 0 else acc_right
+        part = part * scale[None, :] + shift[None, :]
+        mask = (offs_m < M)[:, None] & mask_o[None, :]
+        if residual_ptr is not None:
+            residual_ptrs = residual_rows[:, None] + offs_o[None, :] * stride_rc
+            part += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        part = activate(part, ACT, y_ptr.dtype.element_ty)
+        tl.store(y_rows[:, None] + offs_o[None, :], part.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def is_flat(c: int, kh: int, kw: int) -> bool:
+    """Whether blocks of K cross taps: the stem, channels that no block divides, grouped convolutions."""
+    return kh * kw > 1 and c % 64 != 0
+
+
+def candidate_configs(dtype: torch.dtype, arch: str, *, flat: bool = False) -> list[dict[str, int]]:
+    """Configurations that fit ``arch``, from the largest tile to the thinnest (a late layer at batch 1)."""
+    if arch == "interpreter":
+        return [_tile(256, 64, 64, 4, 1), _tile(128, 32, 32, 4, 1), _tile(16, 64, 64, 4, 1)]
+    if dtype == torch.float32:
+        # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
+        return [_tile(64, 64, 32, 8, 2), _tile(32, 64, 32, 4, 2), _tile(16, 64, 32, 4, 2)]
+    if flat:
+        # gathered element by element, each with its own pointer and mask: short blocks of K, or they spill
+        return [_tile(128, 64, 32, 8, 2), _tile(64, 64, 32, 4, 2), _tile(16, 64, 32, 4, 2)]
+    if arch.startswith("gfx"):
+        return [
+            _tile(128, 128, 64, 8, 2),
+            _tile(128, 64, 64, 4, 2),
+            _tile(64, 64, 64, 4, 2),
+            _tile(16, 64, 64, 4, 2),
+        ]
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        return [
+            _tile(128, 128, 64, 8, 3),
+            _tile(128, 64, 64, 4, 3),
+            _tile(64, 64, 64, 4, 3),
+            _tile(16, 64, 64, 4, 4),
+        ]
+    # 100 KB of shared memory an SM: shorter blocks of K, so that two programs fit
+    return [
+        _tile(128, 128, 32, 8, 3),
+        _tile(128, 64, 32, 4, 3),
+        _tile(64, 64, 64, 4, 2),
+        _tile(16, 64, 64, 4, 3),
+    ]
+
+
+def default_config(m: int, n: int, dtype: torch.dtype, arch: str, *, flat: bool = False) -> dict[str, int]:
+    """For ``m`` output pixels and ``n`` channels of a group: the largest tile that is not mostly padding and
+    still makes two waves of programs on a large GPU; a thin one for few pixels."""
+    tiles = candidate_configs(dtype, arch, flat=flat)
+    if m <= 64:
+        return tiles[-1]
+    for tile in tiles[:-1]:
+        padding = tile["BLOCK_N"] >= 2 * n and tile is not tiles[-2]
+        if not padding and -(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]) >= 256:
+            return tile
+    return tiles[-2]
+
+
+def _pixel_rows(t: torch.Tensor) -> bool:
+    """Whether pixel m of [N, C, H, W], counted through the whole batch, lies at m * stride(3)."""
+    n, _, h, w = t.shape
+    sn, _, sh, sw = t.stride()
+    return (h == 1 or sh == w * sw) and (n == 1 or sn == h * w * sw)
+
+
+def launch_conv_bn_relu_fwd(
+    *,
+    x: torch.Tensor,  # [N, C, H, W], any strides
+    weight: torch.Tensor,  # [O, C / groups, KH, KW], any strides
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    residual: torch.Tensor | None,  # [N, O, OH, OW], any strides
+    y: torch.Tensor,  # [N, O, OH, OW], channels_last
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+    act: str,
+    eps: float,
+    config: dict[str, int],
+) -> None:
+    N, _, H, W = x.shape
+    OH, OW = y.shape[2:]
+    O, C, KH, KW = weight.shape  # noqa: E741
+    M = N * OH * OW
+    group_o = O // groups
+    point = KH == KW == 1
+    padded = padding[0] > 0 or padding[1] > 0
+    grid = (groups * triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(group_o, config["BLOCK_N"]),)
+    residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bn_weight_ptr": bn_weight,
+        "bn_bias_ptr": bn_bias,
+        "running_mean_ptr": running_mean,
+        "running_var_ptr": running_var,
+        "residual_ptr": residual,
+        "y_ptr": y,
+        "M": M,
+        "GROUP_O": group_o,
+        "C": C,
+        "H": H,
+        "W": W,
+        "OH": OH,
+        "OW": OW,
+        **{f"stride_x{d}": s for d, s in zip("nchw", x.stride(), strict=True)},
+        **{f"stride_w{d}": s for d, s in zip("ochw", weight.stride(), strict=True)},
+        **{f"stride_r{d}": s for d, s in zip("nchw", residual_strides, strict=True)},
+        "stride_ym": O,
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "pad_h": padding[0],
+        "pad_w": padding[1],
+        "eps": eps,
+        "ACT": act,
+        "PRECISION": dot_precision(x.dtype, convolution=True),
+        "KH": KH,
+        "KW": KW,
+        "CHANNELS": 0 if point else C,
+        "PADDED": padded,
+        "X_ROWS": point and stride == (1, 1) and not padded and _pixel_rows(x),
+        "RESIDUAL_ROWS": residual is not None and _pixel_rows(residual),
+        "FLAT_K": not point and C % config["BLOCK_K"] != 0,
+        "EVEN_K": KH * KW * C % config["BLOCK_K"] == 0,
+    }
+    launch(_conv_bn_relu_fwd_kernel, grid, config, **arguments)

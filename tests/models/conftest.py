@@ -1,0 +1,88 @@
+"""Small models of both kinds, their peers, and weights that leave no value at its initial 0 or 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastvr
+from fastvr.models.resnet import ResNet
+from fastvr.nn.residual import BasicBlock, Bottleneck
+
+# head_dim 32 is the smallest that the attention kernel takes
+TINY_VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+
+
+def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.4, 0.9, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+            elif not isinstance(module, nn.Conv2d):
+                for parameter in module.parameters(recurse=False):
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(name="randomise")
+def _randomise() -> Callable[..., nn.Module]:
+    return randomise
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., fastvr.ViT]:
+    def make(**overrides: Any) -> fastvr.ViT:
+        return randomise(fastvr.ViT(**{**TINY_VIT, **overrides})).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_timm() -> Callable[..., nn.Module]:
+    from timm.models.vision_transformer import VisionTransformer
+
+    def make(**overrides: Any) -> nn.Module:
+        return randomise(VisionTransformer(**{**TINY_VIT, **overrides})).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_resnet() -> Callable[..., ResNet]:
+    def make(block: str = "bottleneck", **overrides: Any) -> ResNet:
+        kind = Bottleneck if block == "bottleneck" else BasicBlock
+        arguments = {"num_classes": 10, "width": 8, **overrides}
+        return randomise(ResNet(kind, (1, 1, 1, 1), **arguments)).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny(tiny_vit: Any, tiny_resnet: Any) -> Callable[[str], Any]:
+    """A model by kind: "vit", "basic", "bottleneck"; all take [N, 3, 32, 32]."""
+    return lambda kind, **overrides: (
+        tiny_vit(**overrides) if kind == "vit" else tiny_resnet(kind, **overrides)
+    )
+
+
+@pytest.fixture
+def images() -> Callable[..., torch.Tensor]:
+    def make(n: int = 2, size: int = 32, seed: int = 3) -> torch.Tensor:
+        return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    return make

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import (
+    DTYPES,
+    GRID,
+    assert_batch_invariant,
+    assert_compiles,
+    assert_nan_stays_in_its_sample,
+    randn,
+    triton_forced,
+)
+
+from fastvr import backend, tuning
+from fastvr.ops.conv_bn_relu import CONV_BN_RELU, conv_bn_relu
+from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
+from fastvr.testing import check_op
+
+pytest.importorskip("triton")
+from fastvr.kernels import conv_bn_relu as kernels
+
+VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
+# n, c, height, width, o, window, stride, padding, groups
+SHAPES = [
+    (2, 3, 31, 31, 64, 7, 2, 3, 1),
+    (2, 64, 7, 7, 64, 3, 1, 1, 1),
+    (1, 64, 14, 7, 31, 3, 2, 1, 1),
+    (2, 64, 7, 14, 64, 1, 1, 0, 1),
+    (2, 64, 7, 7, 96, 1, 2, 0, 1),
+    (2, 31, 7, 7, 31, 1, 1, 1, 1),
+    (2, 31, 14, 14, 3, 3, 1, 0, 1),
+    (3, 1, 14, 14, 1, 3, 2, 1, 1),
+    (3, 512, 1, 1, 64, 1, 1, 0, 1),
+    (1, 64, 1, 1, 64, 3, 1, 1, 1),
+    (1, 64, 5, 5, 64, 3, 1, 1, 32),
+    (2, 8, 5, 5, 8, 3, 2, 1, 8),
+    (1, 128, 3, 3, 128, 1, 1, 0, 2),
+    (1, 128, 3, 3, 128, 3, 1, 1, 2),
+    (1, 3, 9, 11, 8, (3, 1), (1, 2), (0, 3), 1),
+]
+
+
+def both(value):
+    return (value, value) if isinstance(value, int) else value
+
+
+def inputs(n, c, h, w, o, window, stride, padding, groups, dtype, device, *, vector_dtype=None, **parts):
+    (kh, kw), (sh, sw), (ph, pw) = both(window), both(stride), both(padding)
+    oh, ow = (h + 2 * ph - kh) // sh + 1, (w + 2 * pw - kw) // sw + 1
+    vector = {"dtype": vector_dtype or torch.float32, "device": device}
+    fan_in = c // groups * kh * kw
+    given = {
+        "x": randn(n, c, h, w, dtype=dtype, device=device).to(memory_format=torch.channels_last),
+        "weight": (randn(o, c // groups, kh, kw, device=device) * fan_in**-0.5)
+        .to(dtype)
+        .to(memory_format=torch.channels_last),
+        "bn_weight": randn(o, **vector),
+        "bn_bias": randn(o, **vector),
+        "running_mean": randn(o, **vector),
+        "running_var": randn(o, **vector).abs() + 0.5,
+        "residual": randn(n, o, oh, ow, dtype=dtype, device=device).to(memory_format=torch.channels_last),
+    }
+    options = {"stride": stride, "padding": padding, "groups": groups, "act": parts.get("act", "relu")}
+    return {name: t for name, t in given.items() if parts.get(name, True)} | options
+
+
+def twin(x, weight, *, stride=1, padding=0, eps=1e-5, **others):
+    return reference(x, weight, eps=eps, stride=both(stride), padding=both(padding), **others)
+
+
+def check(given, *, backward=False):
+    with triton_forced():
+        return check_op(
+            conv_bn_relu, twin, given, backward=backward, sample_inputs=("x", "residual"), name="conv_bn_relu"
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, dtype, device):
+    check(inputs(*shape, dtype, device))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ("residual",),
+        ("bn_weight",),
+        ("bn_bias",),
+        ("bn_weight", "bn_bias"),
+        ("running_mean", "running_var"),
+        ("bn_weight", "running_mean", "running_var"),
+        ("bn_bias", "running_mean", "running_var"),
+        (*VECTORS, "residual"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_every_part_is_optional(missing, act, device):
+    shape = (2, 16, 5, 5, 24, 3, 1, 1, 1)
+    check(inputs(*shape, torch.float16, device, act=act, **dict.fromkeys(missing, False)))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 7, 7, 24, 3, 2, 1, 1), (2, 16, 5, 5, 24, 1, 1, 0, 2)], ids=str)
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(shape, statistics, dtype, device):
+    given = inputs(*shape, dtype, device, running_mean=statistics, running_var=statistics)
+    for name in ("x", "weight", "bn_weight", "bn_bias", "residual"):
+        given[name].requires_grad_()
+    check(given, backward=True)
+
+
+@pytest.mark.parametrize("vector_dtype", DTYPES)
+def test_vectors_in_either_dtype(vector_dtype, device):
+    dtype = torch.bfloat16 if vector_dtype == torch.float32 else vector_dtype
+    check(inputs(2, 16, 5, 5, 24, 3, 1, 1, 1, dtype, device, vector_dtype=vector_dtype))
+
+
+def test_vectors_of_two_dtypes_and_strides(device):
+    given = inputs(2, 16, 5, 5, 24, 3, 1, 1, 1, torch.bfloat16, device)
+    given["bn_weight"] = given["bn_weight"].bfloat16()
+    given["bn_bias"] = randn(48, device=device)[::2]
+    given["running_var"] = torch.ones(1, device=device).expand(24)
+    check(given)
+
+
+def test_eps_counts(device):
+    given = inputs(2, 16, 5, 5, 24, 1, 1, 0, 1, torch.float32, device)
+    given["running_var"] = given["running_var"] * 1e-3
+    check(given | {"eps": 1e-2})
+
+
+@pytest.mark.parametrize("arch", ["interpreter", *GRID.architectures])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_configuration(arch, dtype, device):
+    for shape, flat in (((1, 64, 7, 5, 72, 3, 2, 1, 1), False), ((1, 5, 7, 5, 20, 3, 1, 1, 1), True)):
+        given = inputs(*shape, dtype, device)
+        for config in kernels.candidate_configs(dtype, arch, flat=flat):
+            with tuning.force_config("conv_bn_relu", config):
+                check(given)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 3136, 200_704])
+@pytest.mark.parametrize("flat", [False, True])
+def test_default_is_a_candidate(rows, flat):
+    for arch in GRID.architectures:
+        for dtype in DTYPES:
+            for n in (1, 64, 2048):
+                config = kernels.default_config(rows, n, dtype, arch, flat=flat)
+                assert config in kernels.candidate_configs(dtype, arch, flat=flat)
+
+
+def layouts(t):
+    """The same values in other layouts: contiguous, channels_last, every other row and column of a larger
+    tensor, an offset into one, H and W exchanged in memory."""
+    n, c, h, w = t.shape
+    yield t.contiguous()
+    yield t.to(memory_format=torch.channels_last)
+    wide = torch.zeros(n, 2 * c, 2 * h, 2 * w, dtype=t.dtype, device=t.device)
+    wide[:, ::2, ::2, ::2] = t
+    yield wide[:, ::2, ::2, ::2]
+    around = torch.zeros(n + 1, c + 3, h + 1, w + 2, dtype=t.dtype, device=t.device)
+    around = around.to(memory_format=torch.channels_last)
+    around[1:, 3:, 1:, 2:] = t
+    yield around[1:, 3:, 1:, 2:]
+    yield t.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("name", ["x", "weight", "residual"])
+def test_layouts(name, window, which, device):
+    given = inputs(2, 16, 6, 5, 24, window, 1, window // 2, 1, torch.bfloat16, device)
+    given[name] = list(layouts(given[name]))[which]
+    check(given)
+
+
+def test_expanded(device):
+    given = inputs(3, 16, 6, 5, 24, 3, 1, 1, 1, torch.float32, device)
+    check(given | {"x": given["x"][:1].expand(3, -1, -1, -1)})
+    check(given | {"residual": given["residual"][:, :, :1, :1].expand(-1, -1, 6, 5)})
+    check(given | {"residual": given["residual"][:1, :1, :1, :1].expand(3, 24, 6, 5)})
+
+
+def test_result_is_channels_last_on_every_backend(device):
+    given = inputs(2, 16, 6, 5, 24, 3, 1, 1, 1, torch.float32, device)
+    given["x"], given["weight"] = given["x"].contiguous(), given["weight"].contiguous()
+    for mode in ("triton", "reference"):
+        with backend.use_backend(mode):
+            assert conv_bn_relu(**given).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_batch(device):
+    given = inputs(0, 16, 6, 5, 24, 3, 2, 1, 1, torch.float32, device)
+    with triton_forced():
+        assert conv_bn_relu(**given).shape == (0, 24, 3, 3)
+
+
+def test_float32_residual_beside_bfloat16(device):
+    given = inputs(2, 16, 5, 5, 24, 3, 1, 1, 1, torch.bfloat16, device)
+    given["residual"] = given["residual"].float()
+    check(given)
+    with triton_forced():
+        assert conv_bn_relu(**given).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_relu_keeps_nan(value, device):
+    given = inputs(2, 16, 4, 4, 24, 1, 1, 0, 1, torch.float16, device)
+    given["bn_bias"] = torch.full((24,), value, device=device)
+    check(given)
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 5, 5, 24, 3, 1, 1, 1), (4, 3, 7, 7, 24, 3, 2, 1, 1)], ids=str)
+def test_nan_stays_in_its_sample(shape, device):
+    given = inputs(*shape, torch.float32, device, residual=False, act="none")
+    x = given.pop("x")
+    assert_nan_stays_in_its_sample(lambda x: conv_bn_relu(x, **given), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sample_does_not_depend_on_its_batch(dtype, device):
+    given = inputs(4, 64, 5, 5, 24, 3, 1, 1, 1, dtype, device, residual=False)
+    x = given.pop("x")
+    with tuning.force_config("conv_bn_relu", kernels.candidate_configs(dtype, "sm_90")[-1]):
+        assert_batch_invariant(lambda x: conv_bn_relu(x, **given), x)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_order_of_programs_does_not_matter(groups, device):
+    if device.type == "cuda":
+        pytest.skip("a GPU shuffles its programs itself")
+    from fastvr.testing import interpreter
+
+    given = inputs(2, 64, 7, 7, 96, 3, 1, 1, groups, torch.float32, device)
+    with (
+        triton_forced(),
+        tuning.force_config("conv_bn_relu", kernels.candidate_configs(torch.float32, "sm_90")[-1]),
+    ):
+        expected = conv_bn_relu(**given)
+        for seed in range(2):
+            with interpreter.shuffle(seed):
+                assert torch.equal(conv_bn_relu(**given), expected)
+
+
+def test_compiles_and_exports(device):
+    given = inputs(2, 8, 5, 5, 12, 3, 2, 1, 1, torch.float32, device)
+    mean, var = given["running_mean"], given["running_var"]
+    names = ("x", "weight", "bn_weight", "bn_bias", "residual")
+
+    def call(x, weight, bn_weight, bn_bias, residual):
+        return conv_bn_relu(x, weight, bn_weight, bn_bias, mean, var, stride=2, padding=1, residual=residual)
+
+    tensors = [given[name].requires_grad_() for name in names]
+    assert_compiles(call, tensors)
+    x, weight, scale, shift, residual = tensors
+    options = (1e-5, [2, 2], [1, 1], 1, "relu")
+    with triton_forced():
+        torch.library.opcheck(CONV_BN_RELU.overload, (x, weight, scale, shift, mean, var, *options, residual))
+        torch.library.opcheck(CONV_BN_RELU.overload, (x, weight, None, None, None, None, *options, None))
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_autocast_gives_the_dtype_of_eager(with_residual, device):
+    given = inputs(2, 8, 5, 5, 12, 3, 1, 1, 1, torch.float32, device, residual=with_residual)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        eager = twin(**given)
+        with triton_forced():
+            ours = conv_bn_relu(**given)
+    assert ours.dtype == eager.dtype
+    torch.testing.assert_close(ours, eager, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "x must be a torch.Tensor; got NoneType"),
+        (
+            {"x": torch.zeros(2, 8, 5, 5, dtype=torch.uint8)},
+            "x must be float32, float16, bfloat16 or float64",
+        ),
+        (
+            {"x": torch.zeros(2, 7, 5, 5)},
+            r"x must be \[N, 8, H, W\] for a weight of \[12, 8, 3, 3\] in 1 groups",
+        ),
+        ({"x": torch.zeros(8, 5, 5)}, r"x must be \[N, 8, H, W\]"),
+        ({"x": torch.zeros(2, 8, 2, 5)}, r"x must be at least 3 x 3 \(the window\) with its padding"),
+        (
+            {"weight": torch.zeros(12, 8)},
+            r"weight must be \[out_channels, C / groups, kh, kw\]; got \[12, 8\]",
+        ),
+        ({"weight": torch.zeros(12, 8, 3, 3).half()}, "weight must be torch.float32, as the operands are"),
+        ({"bn_weight": torch.zeros(11)}, r"bn_weight must have shape \[12\]; got \[11\]"),
+        ({"bn_bias": torch.zeros(12).half()}, "bn_bias must be float32 or torch.float32, as x is; got"),
+        ({"running_var": None}, "running_var must be given with its companion"),
+        ({"running_mean": None}, "running_mean must be given with its companion"),
+        (
+            {"running_mean": torch.zeros(12, device="meta")},
+            "running_mean must be on cpu, where x is; got meta",
+        ),
+        ({"residual": torch.zeros(2, 12, 5, 5)}, r"residual must have shape \[2, 12, 3, 3\]; got"),
+        ({"stride": 0}, "stride must be one or two integers of at least 1; got 0"),
+        ({"stride": (1, 2, 3)}, "stride must be one or two integers"),
+        ({"padding": -1}, "padding must be one or two integers of at least 0; got -1"),
+        ({"padding": 0.5}, "padding must be one or two integers"),
+        ({"groups": 5}, "groups must be a divisor of weight's 12 output channels; got 5"),
+        ({"act": "gelu"}, "act must be one of 'none', 'relu'; got 'gelu'"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_bad_input_names_the_argument(change, message, mode):
+    vectors = {name: torch.ones(12) for name in VECTORS}
+    given = {"x": torch.zeros(2, 8, 5, 5), "weight": torch.zeros(12, 8, 3, 3), **vectors} | change
+    with backend.use_backend(mode), pytest.raises(ValueError, match=f"conv_bn_relu: {message}"):
+        conv_bn_relu(**given)
+
+
+def test_float64_has_no_kernel(device):
+    given = inputs(2, 8, 5, 5, 12, 3, 1, 1, 1, torch.float64, device)
+    with (
+        triton_forced(),
+        pytest.raises(backend.BackendError, match="conv_bn_relu: no Triton kernel runs here: dtype"),
+    ):
+        conv_bn_relu(**given)
+    assert torch.equal(conv_bn_relu(**given), twin(**given))
+
+
+def test_more_pixels_than_32_bits_count(device):
+    x = torch.zeros(1, 1, 1, 1, device="meta").expand(2**17, 1, 128, 128)
+    weight = torch.zeros(1, 1, 1, 1, device="meta")
+    options = (None, None, None, None, 1e-5, [1, 1], [0, 0], 1, "none", None)
+    assert "output pixels" in CONV_BN_RELU.unsupported(x, weight, *options)
+
+
+def test_flops_and_bytes(device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given = inputs(2, 8, 6, 6, 12, 1, 2, 0, 2, torch.float32, device, residual=False)
+    with triton_forced(), FlopCounterMode(display=False) as counter:
+        conv_bn_relu(**given)
+    assert counter.get_total_flops() == 2 * (2 * 9 * 12) * 4
+    vectors = [given[name] for name in VECTORS]
+    cost = CONV_BN_RELU.cost(given["x"], given["weight"], *vectors, 1e-5, [2, 2], [0, 0], 2, "relu", None)
+    # a quarter of x
+    assert cost.bytes == 4 * (2 * 8 * 9 + 12 * 4 + 4 * 12 + 2 * 12 * 9)
