@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import cases
 import models
 import pytest
 import torch
@@ -43,7 +44,7 @@ def _column(name: str, pair: models.Pair, x: torch.Tensor) -> Column:
 @timed
 @pytest.mark.parametrize("name", ["eager", "fastvr", "prepared", "compile"])
 @pytest.mark.parametrize("batch", _BATCHES)
-@pytest.mark.parametrize("model", models.NAMES)
+@pytest.mark.parametrize("model", cases.MODELS)
 def test_model(benchmark: Any, model: str, batch: int, name: str) -> None:
     if name == "compile" and (reason := no_compiler()):
         pytest.skip(reason)

@@ -163,7 +163,7 @@ def warm(out: Path, arch: str, *, seed: int, processes: int, say: Any) -> int:
         # neighbours in the list make the same binaries: let each process take its own kind of work
         jobs.sort(key=lambda job: (cases.OPS.index(job.case.op), job.dtype, str(job.forced)))
         errors = launches.in_parallel(warm_job, jobs, progress, processes)
-        items = [(name, dtype, arch) for name in models.NAMES for dtype in dtypes]
+        items = [(name, dtype, arch) for name in cases.MODELS for dtype in dtypes]
         errors += launches.in_parallel(warm_models, items, progress, processes)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(out)

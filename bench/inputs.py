@@ -222,8 +222,8 @@ class Consulted:
 def consulted() -> Iterator[Consulted]:
     """Notes what the ops' kernels ask for inside the block, where neither table nor test gives an answer.
 
-    An op without a measured configuration asks its kernel module's ``default_config`` at once, whose arguments
-    include those of ``candidate_configs`` beside it: so the candidates need no list of their own here.
+    An op without a measured configuration asks its kernel module's ``default_config`` at once, whose
+    arguments include those of ``candidate_configs`` beside it: the candidates need no list of their own here.
     """
     found = Consulted()
     config, choice = tuning.config, tuning.choice

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAMES = ("vit_b_16", "resnet50")
-
 
 @dataclasses.dataclass(frozen=True)
 class Pair:

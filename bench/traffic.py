@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import cases  # noqa: E402
 import models  # noqa: E402
 import record  # noqa: E402
 
@@ -33,7 +34,7 @@ def counts(batch: int, arch: str = "sm_90") -> tuple[Counts, dict[str, dict[str,
     """The JSON's content, and the same with every op's share."""
     meta, dtype = torch.device("meta"), torch.bfloat16
     taken: dict[str, dict[str, Traffic]] = {}
-    for name in models.NAMES:
+    for name in cases.MODELS:
         pair = models.build(name, dtype, meta)
         x = pair.example(batch, dtype, meta)
         taken[name] = {"eager": eager_traffic(pair.eager, x)}

@@ -185,6 +185,12 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastvr":
             return self._open(func, args)
+        if func._can_decompose():
+            # inside an op of ours, below autograd, composites arrive whole: reshape and contiguous may copy
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func in _FREE or func.is_view or not results:

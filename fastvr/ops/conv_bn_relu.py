@@ -111,7 +111,7 @@ def conv_bn_relu(
 
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
     """``value`` as [vertical, horizontal], both at least ``least``."""
-    both = [value, value] if isinstance(value, int) else list(value)
+    both = list(value) if isinstance(value, Sequence) else [value, value]
     if len(both) != 2 or not all(isinstance(v, int) and v >= least for v in both):
         raise ValueError(f"{op}: {name} must be one or two integers of at least {least}; got {value!r}")
     return both

@@ -71,7 +71,9 @@ class Guards:
         """What ``torch.empty`` gives, between guards and filled with NaN (integers: every byte 0xFF)."""
         meta = torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
         tensor = self._place(meta.shape, meta.stride(), dtype, torch.device(device), address=0)
-        return tensor if tensor is not None else torch.empty_like(meta, device=device)
+        if tensor is None:
+            return torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+        return tensor
 
     def like(self, tensor: Tensor) -> Tensor:
         """A leaf with ``tensor``'s values, strides, alignment and ``requires_grad``, between guards.
@@ -102,9 +104,11 @@ class Guards:
         extent = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         payload = extent * dtype.itemsize
         total = 2 * GUARD_BYTES + payload + 2 * ALIGNMENT
+        if device.type == "meta":
+            return None  # nothing is written there, nor in a fake tensor
         words = torch.full((total // 2 + 1,), _PATTERN, dtype=torch.int16, device=device)
-        if device.type == "meta" or isinstance(words, FakeTensor):
-            return None  # nothing is written there
+        if isinstance(words, FakeTensor):
+            return None
         buffer = words.view(torch.uint8)
         start = GUARD_BYTES + (address - buffer.data_ptr() - GUARD_BYTES) % ALIGNMENT
         stop = start + payload

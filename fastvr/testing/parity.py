@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -297,7 +298,7 @@ class _Comparison:
         ]
         count = min(_WORST, order.numel())
         for flat in order.flatten().topk(count).indices.tolist():
-            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), order.shape))
+            index = tuple(int(i) for i in np.unravel_index(flat, order.shape))
             values = (float(part[index]) for part in (self.actual, self.eager, self.truth))
             lines.append("  at {}: actual {!r}, eager {!r}, truth {!r}".format(list(index), *values))
         return "\n".join(lines)

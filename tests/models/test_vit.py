@@ -36,7 +36,7 @@ def test_presets_have_timms_keys_in_order(name: str) -> None:
     patch = PRESETS[f"vit_{name}"]["patch_size"]
     with torch.device("meta"):
         ours = fastvr.create_model(f"vit_{name}")
-        theirs = timm.create_model(f"vit_{name}_patch{patch}_224")
+        theirs = timm.create_model(f"vit_{name}_patch{patch}_224", num_classes=1000)
     assert list(_shapes(ours).items()) == list(_shapes(theirs).items())
     assert ours.no_weight_decay() <= theirs.no_weight_decay()
 

@@ -29,7 +29,7 @@ def _full_float32():
 
 
 def inputs(shape, d, patch, dtype, device, *, prefix=1, missing=()):
-    batch, channels, height, width = shape
+    channels, height, width = shape[1:]
     patch_h, patch_w = patch if isinstance(patch, tuple) else (patch, patch)
     tokens = prefix + (height // patch_h) * (width // patch_w)
     fan_in = channels * patch_h * patch_w
@@ -50,15 +50,16 @@ def check(given, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("patch", [14, 16, 32, (4, 2), (7, 5), 1])
-@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("channels", "patch"), [(3, 14), (3, 16), (1, 32), (1, 14), (5, 16), (3, (4, 2)), (2, (7, 5)), (31, 1)]
+)
 def test_patches(channels, patch, dtype, device):
     height, width = (patch[0] * 3, patch[1] * 5) if isinstance(patch, tuple) else (patch * 3, patch * 2)
     check(inputs((2, channels, height, width), 40, patch, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 31, 192, 384])
+@pytest.mark.parametrize("d", [1, 31, 384])
 def test_widths(d, dtype, device):
     check(inputs((2, 3, 32, 48), d, 16, dtype, device))
 
@@ -76,7 +77,6 @@ def test_sizes(size, dtype, device):
     [
         (0, ()),
         (1, ("bias",)),
-        (5, ()),
         (5, ("pos_embed",)),
         (0, ("bias", "pos_embed")),
         (130, ()),
@@ -101,7 +101,7 @@ def configurations(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("patch", [14, 16])
 def test_every_configuration(patch, dtype, device):
-    given = inputs((5, 3, 5 * patch, 5 * patch), 130, patch, dtype, device)
+    given = inputs((5, 3, 4 * patch, 4 * patch), 70, patch, dtype, device)
     for config in configurations(dtype):
         with tuning.force_config("patch_embed", config):
             check(given)
@@ -232,15 +232,17 @@ def test_compiles_and_exports(device):
         torch.library.opcheck(PATCH_EMBED.overload, (tensors[0], tensors[1], None, None, None))
 
 
-def test_autocast_gives_the_dtypes_of_eager(device):
-    given = inputs((2, 3, 16, 16), 24, 8, torch.float32, device)
-    for missing in ({}, {"prefix_tokens": None}, {"prefix_tokens": None, "pos_embed": None}):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            eager = reference(**given | missing)
-            with triton_forced():
-                ours = patch_embed(**given | missing)
-        assert ours.dtype == eager.dtype
-        torch.testing.assert_close(ours, eager, atol=0.1, rtol=0.02)
+@pytest.mark.parametrize(
+    ("prefix", "missing"), [(1, ()), (1, ("pos_embed",)), (0, ()), (0, ("pos_embed",)), (1, ("bias",))]
+)
+def test_autocast_gives_the_dtypes_of_eager(prefix, missing, device):
+    given = inputs((2, 3, 16, 16), 24, 8, torch.float32, device, prefix=prefix, missing=missing)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        eager = reference(**given)
+        with triton_forced():
+            ours = patch_embed(**given)
+    assert ours.dtype == eager.dtype
+    torch.testing.assert_close(ours, eager, atol=0.1, rtol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_bad_input_names_the_argument(change, message, mode):
 
 def test_what_the_kernel_cannot_take_runs_in_pytorch(device):
     given = inputs((2, 3, 16, 16), 24, 8, torch.float64, device)
-    with triton_forced(), pytest.raises(backend.BackendError, match="patch_embed: .*dtype torch.float64"):
+    with triton_forced(), pytest.raises(backend.BackendError, match=r"patch_embed: .*dtype torch\.float64"):
         patch_embed(**given)
     with backend.use_backend("auto"), backend.observe() as ran:
         assert torch.equal(patch_embed(**given), reference(**given))

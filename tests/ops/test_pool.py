@@ -87,7 +87,7 @@ def test_max_pool_keeps_what_is_not_finite(value, dtype, device):
     check_max_pool(x, 3, 2, 1)
 
 
-@pytest.mark.parametrize("arch", ["interpreter", *GRID.architectures])
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_max_pool_every_configuration(arch, dtype, device):
     x = randn(2, 21, 9, 8, dtype=dtype, device=device).to(memory_format=torch.channels_last)
@@ -111,7 +111,7 @@ def test_head_gradients(bias, dtype, device):
     check_head({name: t.requires_grad_() for name, t in given.items()}, backward=True)
 
 
-@pytest.mark.parametrize("arch", ["interpreter", *GRID.architectures])
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_every_configuration(arch, dtype, device):
     given = head(3, 72, 5, 3, 40, dtype, device)

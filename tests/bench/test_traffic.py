@@ -1,0 +1,69 @@
+"""bench/traffic.py: its JSON, and the budget of launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = {"vit_b_16": 90, "resnet50": 60}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    file = tmp_path_factory.mktemp("traffic") / "traffic.json"
+    command = [sys.executable, str(ROOT / "bench" / "traffic.py"), "--json", str(file)]
+    # from elsewhere: the script finds the project itself
+    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_json_has_exactly_its_keys(written: tuple[Any, str]) -> None:
+    content, _ = written
+    assert list(content) == ["vit_b_16", "resnet50"]
+    for columns in content.values():
+        assert list(columns) == ["eager", "fastvr", "prepared"]
+        for counts in columns.values():
+            assert set(counts) == {"launches", "bytes"}
+            assert all(isinstance(n, int) and n > 0 for n in counts.values())
+
+
+def test_launches_and_bytes_are_within_the_budget(written: tuple[Any, str]) -> None:
+    content, _ = written
+    for name, limit in LIMITS.items():
+        columns = content[name]
+        assert columns["fastvr"]["launches"] <= limit
+        assert columns["prepared"]["launches"] <= columns["fastvr"]["launches"]
+        assert columns["fastvr"]["bytes"] < columns["eager"]["bytes"]
+        assert columns["prepared"]["bytes"] <= columns["fastvr"]["bytes"]
+
+
+def test_table_names_the_models(written: tuple[Any, str]) -> None:
+    _, table = written
+    assert "vit_b_16" in table
+    assert "launches" in table
+
+
+def test_a_bad_batch_is_refused() -> None:
+    import traffic
+
+    with pytest.raises(SystemExit, match="2"):
+        traffic.main(["--batch", "0"])
+
+
+def test_json_on_standard_output_is_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import traffic
+
+    short = {"vit_b_16": {"eager": {"launches": 1, "bytes": 2}}}
+    monkeypatch.setattr(traffic, "counts", lambda batch, arch: (short, {}))
+    assert traffic.main(["--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == short

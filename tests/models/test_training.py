@@ -1,0 +1,188 @@
+"""Gradients, batch statistics, dropout: training beside timm's ViT and torchvision's ResNet."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import fastvr
+from fastvr.models.resnet import ResNet
+from fastvr.nn import residual
+from fastvr.nn.block import DropPath
+from fastvr.testing import assert_parity, truth_model
+
+
+def gradients(model: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of every parameter, and of the images."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    model(x).backward(upstream.to(x.dtype))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert None not in found.values()
+    return {**found, "x": x.grad}
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, backend: str) -> None:
+    truth = truth_model(theirs)
+    upstream = torch.randn(theirs.eval()(x).shape)
+    for model in (ours, theirs, truth):
+        model.train()
+    with fastvr.use_backend(backend):
+        actual = gradients(ours, x, upstream)
+    with fastvr.use_backend("reference"):
+        eager, exact = gradients(theirs, x, upstream), gradients(truth, x.double(), upstream)
+    assert_parity(actual, eager, exact, kind="gradient", sample_dim=None)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"init_values": 0.1, "reg_tokens": 4, "no_embed_class": True}, {"global_pool": "avg"}],
+    ids=["plain", "layerscale-registers", "avg"],
+)
+def test_vit_gradients_are_timms(variant, backend, tiny_vit, tiny_timm, images, device) -> None:
+    theirs, ours = tiny_timm(depth=1, **variant).to(device), tiny_vit(depth=1, **variant).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_gradients(ours, theirs, images(3).to(device), backend)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_resnet_gradients_and_statistics_are_torchvisions(block, randomise, images) -> None:
+    kind, ours_kind = {
+        "basic": (BasicBlock, residual.BasicBlock),
+        "bottleneck": (Bottleneck, residual.Bottleneck),
+    }[block]
+    theirs = randomise(torchvision.models.ResNet(kind, [1, 1, 1, 1], num_classes=10))
+    ours = ResNet(ours_kind, (1, 1, 1, 1), num_classes=10)
+    ours.load_state_dict(theirs.state_dict())
+    truth = truth_model(theirs)
+    assert_same_gradients(ours, theirs, images(4, size=64), "reference")
+    truth.train()(images(4, size=64).double())
+    statistics = [
+        {name: tensor for name, tensor in model.state_dict().items() if "running" in name}
+        for model in (ours, theirs, truth)
+    ]
+    assert_parity(*statistics, sample_dim=None)
+    counts = {int(t) for name, t in ours.state_dict().items() if "num_batches_tracked" in name}
+    assert counts == {1}
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_resnet_gradients_through_kernels(block, tiny_resnet, images, device) -> None:
+    ours, twin = tiny_resnet(block).to(device), tiny_resnet(block).to(device)
+    assert_same_gradients(ours, twin, images(4).to(device), "triton")
+
+
+def test_frozen_batch_norm_in_training(tiny_resnet, images) -> None:
+    """A frozen BatchNorm normalises by its running statistics, and its gradients flow."""
+    ours, theirs = tiny_resnet(), tiny_resnet()
+    for model in (ours, theirs):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    before = copy.deepcopy(ours.state_dict())
+    with torch.no_grad():
+        expected = theirs.eval()(images())
+    assert torch.equal(ours(images()), expected)
+    ours(images()).square().mean().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_only_what_is_asked_for_gets_a_gradient(tiny, images) -> None:
+    for kind in ("vit", "bottleneck"):
+        model = tiny(kind).requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+        with fastvr.use_backend("triton"):
+            model(images()).square().mean().backward()
+        got = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert got == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["vit", "basic", "bottleneck"])
+def test_eval_train_eval(kind, tiny, images) -> None:
+    model, x = tiny(kind), images()
+    with torch.no_grad():
+        before = model(x)
+        state = copy.deepcopy(model.state_dict())
+        model.train()(x)
+        model.load_state_dict(state)
+        assert torch.equal(model.eval()(x), before)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+    fresh = tiny(kind)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), fresh(x))
+        assert not torch.equal(model(x), before)
+
+
+RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_dropout_is_on_in_training_and_off_in_eval(rate, tiny_vit, images) -> None:
+    plain, dropping, x = tiny_vit(init_values=0.5), tiny_vit(init_values=0.5, **{rate: 0.5}), images()
+    dropping.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(dropping(x), plain(x))
+        dropping.train()
+        torch.manual_seed(0)
+        first, second = dropping(x), dropping(x)
+        torch.manual_seed(0)
+        assert torch.equal(dropping(x), first)
+    assert not torch.equal(first, second)
+    dropping(x).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in dropping.parameters())
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_dropout_of_everything_or_nothing(rate, norm_first, tiny_vit, images) -> None:
+    """What remains where a rate is almost 0 is the model; where it is 1, the model without that part."""
+    model, x = tiny_vit(norm_first=norm_first, depth=1, **{rate: 1e-300}), images()
+    exact = truth_model(model)
+    with torch.no_grad():
+        eager = model(x)
+        assert_parity(model.train()(x), eager, exact(x.double()))
+        for module in model.modules():
+            if rate == "drop_path_rate" and isinstance(module, DropPath):
+                module.drop_prob = 1.0
+            elif isinstance(module, nn.Dropout) and module.p > 0:
+                module.p = 1.0
+        gone = model(x)
+    assert torch.isfinite(gone).all()
+    assert not torch.equal(gone, eager) or rate == "drop_path_rate"  # depth 1 has rate 0
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+    drop = DropPath(0.25).train()
+    y = drop(torch.ones(4000, 3, 2))
+    assert {round(v, 4) for v in y.unique().tolist()} == {0.0, round(1 / 0.75, 4)}
+    assert (y == y[:, :1, :1]).all()
+    # 5 standard errors of the mean of 4,000 draws
+    assert abs(float(y[:, 0, 0].mean()) - 1) < 5 * math.sqrt(0.25 / 0.75 / 4000)
+
+
+def test_autocast_is_eagers(tiny, tiny_timm, images) -> None:
+    theirs = tiny_timm()
+    ours = tiny("vit")
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        actual, eager = ours(images()), theirs(images())
+        assert actual.dtype == eager.dtype == torch.bfloat16
+        with fastvr.use_backend("triton"):
+            kernels = ours(images())
+    with torch.no_grad():
+        exact = truth_model(theirs)(images().double())
+    assert_parity(actual, eager, exact)
+    assert_parity(kernels, eager, exact)
