@@ -54,30 +54,36 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "kernel", "stride", "groups", "head_dim")
+    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)
     if op == "conv_bn_relu":
-        grouped = dict(next(c for c in found.values() if c["kernel"] == 3).sizes) | {"groups": 32}
-        case = cases.Case.of(op, "3x3 groups=32", **grouped)
-        found[case.label,] = case
+        grouped = next(dict(case.sizes) for case in found.values() if case["kernel"] == 3) | {"groups": 32}
+        found[("groups",)] = cases.Case.of(op, "3x3 groups=32", **grouped)
     return list(found.values())
 
 
-def _mixed(op: str, dtype: str, arch: str) -> list[Job]:
-    """Every configuration and every kind of call at least once, not each with each."""
+def _own(op: str, dtype: str, arch: str, case: cases.Case) -> list[Job]:
+    """The sweep without the knobs that are another op's, which that op's jobs audit."""
+    jobs = launches.sweep(case, dtype, arch)
+    return [job for job in jobs if job.forced[0][0] == op or job.forced[0][0] not in cases.OPS]
+
+
+def _few(op: str, dtype: str, arch: str) -> list[Job]:
+    """Every configuration in bfloat16 and float32, other kinds of call with one each; less in float16, and on
+    cards that differ from sm_80 in little but their shared memory."""
     todo = kinds(op)
-    jobs = []
-    for case in todo:
-        swept = launches.sweep(case, dtype, arch)
-        if case is todo[0]:
-            configurations = len(swept)
-        index = todo.index(case)
-        # further kinds take turns through the configurations; one each is enough to see them compile
-        jobs += swept if index == 0 else [swept[index % len(swept)]]
-    assert configurations
-    return jobs
+    swept = _own(op, dtype, arch, todo[0])
+    if dtype == "float16":
+        # bfloat16's code but for the activation
+        return [] if op in ("layer_norm", "max_pool") else swept[:1]
+    if arch in ("sm_86", "sm_89", "sm_120") or op in ("layer_norm", "max_pool"):
+        return [swept[0], swept[-1]] if dtype == "bfloat16" else swept[:1]
+    if dtype == "float32":
+        return swept
+    turns = [_own(op, dtype, arch, case) for case in todo[1:3] + todo[3:][-1:]]
+    return swept + [jobs[index % len(jobs)] for index, jobs in enumerate(turns, 1)]
 
 
 def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[tuple[Job, bool]]:
@@ -86,14 +92,10 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[tuple[Jo
     for arch in archs:
         for op in ops:
             for dtype in cases.DTYPES:
+                chosen = _few(op, dtype, arch)
                 if everything:
-                    chosen = [j for c in cases.cases(op, real=True) for j in launches.sweep(c, dtype, arch)]
-                    chosen += [j for c in kinds(op) for j in launches.sweep(c, dtype, arch)]
-                elif dtype == "float16":
-                    # the code of bfloat16 but for the activation
-                    chosen = launches.sweep(kinds(op)[0], dtype, arch)[:1]
-                else:
-                    chosen = _mixed(op, dtype, arch)
+                    shapes = (*cases.cases(op, real=True), *kinds(op))
+                    chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
                 jobs += [(job, index == 0 or everything) for index, job in enumerate(dict.fromkeys(chosen))]
     return jobs
 
@@ -109,23 +111,19 @@ def audit_job(item: tuple[Job, bool]) -> list[Row]:
     make = functools.partial(Row, op=job.case.op, dtype=job.dtype, arch=job.arch, label=job.case.label)
     forced = " ".join(f"{knob}={dict(config)}" for knob, config in job.forced)
     try:
-        recorded = launches.record_job(job)
+        recorded = [launch for launch in launches.record_job(job) if _carries(launch, job)]
         compiled = [launches.compile_launch(launch, job.arch) for launch in recorded]
         binaries = [{kernel.hash} for kernel in compiled]
-        if count:
-            for batch in cases.TEN_BATCHES:
-                again = launches.record_job(dataclasses.replace(job, case=job.case.at_batch(batch)))
-                if len(again) != len(recorded):
-                    return [make(config=forced, failures=(f"{len(again)} launches at batch {batch}",))]
-                for hashes, launch in zip(binaries, again, strict=True):
-                    hashes.add(launches.compile_launch(launch, job.arch).hash)
+        for batch in cases.TEN_BATCHES if count else ():
+            again = launches.record_job(dataclasses.replace(job, case=job.case.at_batch(batch)))
+            again = [launch for launch in again if _carries(launch, job)]
+            for hashes, launch in zip(binaries, again, strict=True):
+                hashes.add(launches.compile_launch(launch, job.arch).hash)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return [make(config=forced, failures=(text[:200],))]
     rows = []
     for launch, kernel, hashes in zip(recorded, compiled, binaries, strict=True):
-        if job.forced and len(recorded) > 1 and not _carries(launch, job):
-            continue  # the op's other launch, which has a configuration of its own
         needs = launches.resources(kernel)
         failures = rules.binary_failures(
             needs,
@@ -154,6 +152,7 @@ def audit_job(item: tuple[Job, bool]) -> list[Row]:
 
 
 def _carries(launch: launches.Launch, job: Job) -> bool:
+    """False for an op's other launch, which has a configuration of its own."""
     passed = launch.arguments | launch.options
     return any(all(passed.get(key) == value for key, value in config) for _, config in job.forced)
 

@@ -141,52 +141,83 @@ def cases(op: str, *, real: bool) -> list[Case]:
     return (REAL if real else SMALL)[op]
 
 
+# What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
+# is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
+_Kinds = dict[str, list[dict[str, Any]]]
+_KINDS: _Kinds = {
+    "linear": [
+        {"act": "none"},
+        {"act": "gelu", "gamma": True, "residual": True},
+        {"act": "relu", "bias": False, "residual": True},
+        {"act": "gelu_tanh"},
+    ],
+    "attention": [
+        {"heads": heads, "head_dim": dim}
+        for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+    ],
+    "patch_embed": [
+        {"channels": 3, "patch": 16},
+        {"channels": 3, "patch": 14, "prefix": 5},
+        {"channels": 1, "patch": 16, "prefix": 0, "bias": False, "pos": False},
+        {"channels": 4, "patch": 8, "prefix": 0},
+    ],
+    "layer_norm": [{}],
+    "layernorm_mlp": [
+        {"act": "gelu", "gamma": True},
+        {"act": "relu", "residual": False},
+        {"act": "gelu_tanh"},
+    ],
+    "conv_bn_relu": [
+        {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
+        for c, o, k, s, p, rest in (
+            (3, 64, 7, 2, 3, {}),
+            (64, 64, 3, 1, 1, {"residual": True}),
+            (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
+            (64, 128, 3, 1, 0, {"groups": 32}),
+            (64, 128, 1, 2, 0, {"act": "none"}),
+            (128, 64, 1, 1, 0, {"residual": True, "norm": "scale"}),
+            (31, 64, 1, 1, 1, {"norm": "scale"}),
+            (1, 31, 7, 1, 3, {"residual": True}),
+        )
+    ],
+    "max_pool": [{}],
+    "avg_pool_linear": [{}, {"bias": False}],
+}  # fmt: skip
+_BIG_CONVOLUTIONS = [
+    {"channels": 512, "out": 2048, "kernel": 1, "stride": 1, "padding": 0, "residual": True},
+    {"channels": 2048, "out": 512, "kernel": 1, "stride": 1, "padding": 0},
+    {"channels": 512, "out": 512, "kernel": 3, "stride": 1, "padding": 1},
+]
+
+
 def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
-    """A case of ``op`` from the grid the project promises; ``small`` keeps it fit for the interpreter."""
+    """A case of ``op`` from the promised grid; ``small`` keeps it fit for the interpreter."""
 
-    def pick(*values: Any) -> Any:
-        return rng.choice(values)
+    def pick(*values: Any, large: tuple[Any, ...] = ()) -> Any:
+        return rng.choice(values if small else values + large)
 
-    def chance() -> bool:
-        return rng.random() < 0.5
-
-    batch = pick(1, 2, 3) if small else pick(1, 2, 7, 33)
-    tokens = pick(1, 5, 17, 50) if small else pick(1, 5, 49, 50, 196, 197, 201, 257, 577, 1025, 1370)
-    width = pick(1, 31, 96, 192) if small else pick(1, 31, 192, 384, 768, 1023, 1280, 1500)
-    act = pick("none", "relu", "gelu", "gelu_tanh")
-    drawn: dict[str, Any]
-    if op == "linear":
-        drawn = {"tokens": pick(None, tokens), "k": width, "n": pick(1, 10, 31, 192, 257 if small else 1500)}
-        drawn |= {"act": act, "bias": chance(), "gamma": chance(), "residual": chance()}
-    elif op == "attention":
-        heads = pick(1, 2, 3) if small else pick(1, 3, 6, 12)
-        drawn = {"tokens": tokens, "heads": heads, "head_dim": pick(32, 40, 64, 72, 80, 96, 128)}
-    elif op == "patch_embed":
-        patch = pick(8, 14, 16) if small else pick(14, 16, 32)
-        rows, columns = (pick(1, 2, 3), pick(1, 2, 3)) if small else (pick(1, 7, 14, 16), pick(1, 5, 14, 16))
-        drawn = {"channels": pick(1, 3, 4), "height": rows * patch, "width": columns * patch, "patch": patch}
-        drawn |= {"dim": max(width, 8), "prefix": pick(0, 1, 5), "bias": chance(), "pos": chance()}
-    elif op == "layer_norm":
-        drawn = {"tokens": tokens, "dim": width}
-    elif op == "layernorm_mlp":
-        hidden = pick(1, 48, 128) if small else pick(31, 768, 1536)
-        drawn = {"tokens": tokens, "dim": width, "hidden": hidden, "act": act, "gamma": chance()}
-        drawn |= {"residual": chance()}
-    elif op == "conv_bn_relu":
-        groups = pick(1, 1, 1, 32)
-        channels = 32 * pick(1, 2) if groups == 32 else pick(1, 3, 31, 64, *(() if small else (512, 2048)))
-        kernel = pick(1, 3, 7)
-        size = pick(7, 14) if small else pick(7, 14, 31, 56)
-        padding = pick(0, kernel // 2) if kernel <= 7 else kernel // 2
-        drawn = {"channels": channels, "out": 64 if groups == 32 else pick(1, 31, 64, 128)}
-        drawn |= {"kernel": kernel, "stride": pick(1, 2), "padding": padding, "groups": groups}
-        drawn |= {"height": size, "width": pick(size, 7), "act": pick("none", "relu")}
-        drawn |= {"residual": chance(), "norm": pick("running", "scale")}
-    elif op == "max_pool":
-        drawn = {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
-    elif op == "avg_pool_linear":
-        drawn = {"channels": pick(1, 31, 512, *(() if small else (2048,))), "height": pick(1, 7, 14)}
-        drawn |= {"width": pick(1, 7), "n": pick(1, 10, 1000), "bias": chance()}
-    else:
+    if op not in _KINDS:
         raise ValueError(f"no random shapes are known for the op {op!r}")
-    return Case.of(op, f"random {rng.randrange(10**6):06d}", batch=batch, **drawn)
+    extra = _BIG_CONVOLUTIONS if op == "conv_bn_relu" and not small else []
+    drawn = {"batch": pick(1, 2, 3, large=(7, 33))} | rng.choice(_KINDS[op] + extra)
+    tokens = pick(1, 5, 17, 50, large=(49, 196, 197, 201, 257, 577, 1025, 1370))
+    width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
+    if op == "linear":
+        drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
+    elif op == "attention":
+        drawn |= {"tokens": tokens}
+    elif op == "patch_embed":
+        rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
+        drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
+    elif op == "layer_norm":
+        drawn |= {"tokens": tokens, "dim": width}
+    elif op == "layernorm_mlp":
+        drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
+    elif op == "conv_bn_relu":
+        drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
+    elif op == "max_pool":
+        drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
+    else:
+        drawn |= {"channels": pick(1, 31, 512, large=(2048,)), "height": pick(1, 7, 14), "width": pick(1, 7)}
+        drawn |= {"n": pick(1, 10, 1000)}
+    return Case.of(op, f"random {rng.randrange(10**6):06d}", **drawn)

@@ -105,19 +105,21 @@ class Hits:
         )
 
 
-def warm_job(job: Any) -> str | None:
-    """Compile what one job launches; the error where that fails."""
+def warm_jobs(jobs: list[Any]) -> list[str]:
+    """Compile what the jobs launch; the errors of those where that fails."""
     import launches
 
-    try:
-        for launch in launches.record_job(job):
-            launches.compile_launch(launch, job.arch)
-    except Exception as error:
-        return f"{job.case} {job.dtype} {dict(job.forced)}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+    errors = []
+    for job in jobs:
+        try:
+            for launch in launches.record_job(job):
+                launches.compile_launch(launch, job.arch)
+        except Exception as error:
+            errors.append(f"{job}: {type(error).__name__}: {str(error)[:200]}")
+    return errors
 
 
-def warm_models(item: tuple[str, str, str]) -> str | None:
+def warm_models(item: tuple[str, str, str]) -> list[str]:
     """The same for a model's default configurations at every batch that is measured."""
     import gpu_bench
     import launches
@@ -136,40 +138,44 @@ def warm_models(item: tuple[str, str, str]) -> str | None:
                 for launch in launches.record(models.call(model, x), arch):
                     launches.compile_launch(launch, arch)
     except Exception as error:
-        return f"{name} {dtype}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+        return [f"{name} {dtype}: {type(error).__name__}: {str(error)[:200]}"]
+    return []
 
 
-def warm(out: Path, arch: str, *, seed: int, processes: int, say: Any) -> int:
-    """Compile for ``arch`` everything that ``on_gpu.py`` launches there, into ``out``."""
+def warm(out: Path, arch: str, *, seed: int, samples: int | None) -> int:
+    """Compile for ``arch`` what ``on_gpu.py`` launches there, into ``out``; returns how many failed."""
     with tempfile.TemporaryDirectory(prefix="fastvr-warm-") as scratch:
         os.environ["TRITON_CACHE_DIR"] = scratch
         import cases
         import gpu_parity
         import gpu_tune
         import launches
-        import models
 
         dtypes = ("bfloat16", "float16", "float32")
-        jobs = gpu_parity.plan(arch, dtypes, small=False, seed=seed)
+        count = samples or gpu_parity.SAMPLES
+        jobs = gpu_parity.plan(arch, dtypes, small=False, seed=seed, count=count)
         for case, dtype in gpu_tune.plan(dtypes, small=False):
             jobs += launches.sweep(case, dtype, arch)
-        jobs = list(dict.fromkeys(jobs))
+        # jobs that may make the same binary go to the same process, which then compiles it once
+        groups: dict[Any, list[Any]] = {}
+        for job in dict.fromkeys(jobs):
+            groups.setdefault((job.case.op, job.dtype, job.forced), []).append(job)
 
         def progress(done: int, total: int) -> None:
-            if done % 100 == 0 or done == total:
-                say(f"{done} of {total}")
+            if done % 20 == 0 or done == total:
+                print(f"{done} of {total}", flush=True)
 
-        # neighbours in the list make the same binaries: let each process take its own kind of work
-        jobs.sort(key=lambda job: (cases.OPS.index(job.case.op), job.dtype, str(job.forced)))
-        errors = launches.in_parallel(warm_job, jobs, progress, processes)
+        # the longest first
+        work = sorted(groups.values(), key=len, reverse=True)
+        found = launches.in_parallel(warm_jobs, work, progress, launches.workers())
         items = [(name, dtype, arch) for name in cases.MODELS for dtype in dtypes]
-        errors += launches.in_parallel(warm_models, items, progress, processes)
+        found += launches.in_parallel(warm_models, items, progress, launches.workers())
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(out)
-        size = pack(Path(scratch), out, arch=arch, seed=seed)
-        found = [error for error in errors if error]
-        for error in found[:20]:
-            say(f"FAILED {error}")
-        say(f"{len(list(out.glob('*/__grp__*.json')))} kernels for {arch}, {size / 1e6:.1f} MB in {out}")
-        return len(found)
+        size = pack(Path(scratch), out, arch=arch, seed=seed, samples=count)
+    errors = [error for several in found for error in several]
+    for error in errors[:20]:
+        print(f"FAILED {error}")
+    kernels = len(list(out.glob("*/__grp__*.json")))
+    print(f"{kernels} kernels for {arch}, {size / 1e6:.1f} MB in {out}; {len(errors)} failures")
+    return len(errors)

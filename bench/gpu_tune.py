@@ -112,7 +112,7 @@ class Tuner:
                         lambda: function(**arguments), session.device, rep_ms=self._rep_ms, min_count=5
                     )
                 except Exception as error:
-                    label = f"{case} {dtype} {dict(forced)}"
+                    label = str(launches.Job(case, dtype, session.arch, forced))
                     self.failures.append({"job": label, "error": describe(error)})
                     session.say(f"tune FAILED {label}: {describe(error)}")
                     return None

@@ -35,6 +35,10 @@ class Job:
     arch: str
     forced: Forced = ()
 
+    def __str__(self) -> str:
+        forced = " ".join(f"{knob}={dict(config)}" for knob, config in self.forced)
+        return f"{self.case} {self.dtype} {forced}".rstrip()
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:

@@ -43,8 +43,8 @@ def _installed(name: str) -> bool:
 def _vit_sizes(small: bool) -> dict[str, Any]:
     if small:
         return {
-            "img_size": 64,
-            "patch_size": 16,
+            "img_size": 32,
+            "patch_size": 8,
             "embed_dim": 96,
             "depth": 2,
             "num_heads": 3,
@@ -106,7 +106,7 @@ def build(name: str, dtype: torch.dtype, device: torch.device | str, *, small: b
 
     ours = placed(ours)
     eager = ours if peer is None else placed(peer)
-    return Pair(name, ours, eager, baseline, 64 if small else 224)
+    return Pair(name, ours, eager, baseline, 32 if small else 224)
 
 
 def truth(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:

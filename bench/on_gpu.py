@@ -40,7 +40,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=ROOT / "bench" / "cache", help="what warm has made")
     parser.add_argument("--arch", default="sm_90", help="warm: what to compile for (default sm_90)")
     parser.add_argument("--seed", type=int, default=0, help="of the random shapes")
-    parser.add_argument("--op", nargs="+", help="only these ops (the models are skipped in parity and bench)")
+    parser.add_argument("--samples", type=int, help="random shapes an op and dtype (warm takes the same)")
+    parser.add_argument("--op", nargs="+", help="only these ops and no models")
     return parser.parse_args(argv)
 
 
@@ -58,10 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         import launches
 
         launches.refuse_interpreter("bench/on_gpu.py warm")
-        return min(
-            1,
-            gpu_cache.warm(args.out, args.arch, seed=args.seed, processes=launches.workers(), say=print),
-        )
+        restrict(args)
+        return min(1, gpu_cache.warm(args.out, args.arch, seed=args.seed, samples=args.samples))
     import torch
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -72,10 +71,21 @@ def main(argv: list[str] | None = None) -> int:
     return measure(args, device)
 
 
+def restrict(args: argparse.Namespace) -> None:
+    """``--op``: only these, and no models."""
+    import cases
+
+    if not args.op:
+        return
+    if unknown := set(args.op) - set(cases.OPS):
+        raise SystemExit(f"--op takes {', '.join(cases.OPS)}; got {', '.join(sorted(unknown))}")
+    cases.OPS = tuple(op for op in cases.OPS if op in args.op)
+    cases.MODELS = ()
+
+
 def measure(args: argparse.Namespace, device: object) -> int:
     import time
 
-    import cases
     import gpu_bench
     import gpu_parity
     import gpu_tune
@@ -84,7 +94,7 @@ def measure(args: argparse.Namespace, device: object) -> int:
     from session import Session
 
     assert isinstance(device, torch.device)
-    hits = gpu_cache.Hits()
+    hits, small = gpu_cache.Hits(), device.type == "cpu"
     if device.type == "cpu":
         from fastvr.testing import interpreter
 
@@ -92,12 +102,7 @@ def measure(args: argparse.Namespace, device: object) -> int:
         torch.set_num_threads(1)
     else:
         hits.listen()
-    if args.op:
-        unknown = set(args.op) - set(cases.OPS)
-        if unknown:
-            raise SystemExit(f"--op takes {', '.join(cases.OPS)}; got {', '.join(sorted(unknown))}")
-        cases.OPS = tuple(op for op in cases.OPS if op in args.op)
-        cases.MODELS = ()
+    restrict(args)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     runs = {"parity": gpu_parity.run, "tune": gpu_tune.run, "bench": gpu_bench.run}
@@ -108,8 +113,9 @@ def measure(args: argparse.Namespace, device: object) -> int:
             out=args.out,
             device=device,
             deadline=started + args.budget * share,
-            small=device.type == "cpu",
+            small=small,
             seed=args.seed,
+            samples=args.samples or (gpu_parity.SAMPLES_SMALL if small else gpu_parity.SAMPLES),
         )
         before = time.monotonic()
         failures += runs[step](session)

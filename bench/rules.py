@@ -55,7 +55,7 @@ def binary_failures(
     """What a compiled kernel does against the rules; ``resources`` as ``offline.inspect`` gives them."""
     failures = []
     if resources.spills:
-        failures.append(f"{resources.spills} spills")
+        failures.append(f"{resources.spills} spills ({resources.loop_spills} in loops)")
     if not resources.fits:
         failures.append(f"does not fit ({resources.shared} bytes of shared memory)")
     if dtype == "float32" and resources.tf32:

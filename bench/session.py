@@ -29,6 +29,7 @@ class Session:
     deadline: float  # on time.monotonic()
     small: bool
     seed: int = 0
+    samples: int = 3  # random shapes an op and dtype in parity
 
     @property
     def arch(self) -> str:

@@ -7,15 +7,15 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastvr.models  # noqa: F401  (registers the ops)
 from fastvr import backend, tuning
+from fastvr.ops._op import OPS
 
 VARIABLES = ("FASTVR_BACKEND", "FASTVR_STRICT", "FASTVR_TUNING_TABLE", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
 _PEERS = ("timm", "torchvision", "scikit-learn", "pillow", "transformers")
@@ -108,84 +108,51 @@ def _table(device: torch.device) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ which op runs on what
 
 
-class _Ask(TorchDispatchMode):
-    """Stands where an op would run: notes what would, and lets nothing run."""
-
-    def __init__(self, device: torch.device, mode: backend.Mode) -> None:
-        super().__init__()
-        self._device = device
-        self._mode = mode
-        self.found: dict[str, dict[str, str]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace != "fastvr":
-            return func(*args, **(kwargs or {}))
-        from fastvr.ops._op import OPS
-
-        op = OPS[func._schema.name.removeprefix("fastvr::")]
-        runs, why = self._choice(op, args)
-        self.found[op.name] = {"runs": runs, "why": why}
-        return torch.empty_like(args[0])
-
-    def _choice(self, op: Any, args: tuple[Any, ...]) -> tuple[str, str]:
-        if self._mode == "reference":
-            return "pytorch", "use_backend('reference') or FASTVR_BACKEND=reference asks for it"
-        reason = backend.unavailable(self._device) or op.unsupported(*args)
-        if reason is not None:
-            if self._mode == "triton":
-                return "error", f"the mode is 'triton', and {reason}"
-            return "pytorch", reason
-        if self._mode == "triton":
-            return "triton", "use_backend('triton') or FASTVR_BACKEND=triton asks for it"
-        if self._device.type == "cpu":
-            return "pytorch", "the interpreter checks kernels; it runs them only in the mode 'triton'"
-        if op.measured(*args) == "reference":
-            return "pytorch", "the vendor's kernel: nothing faster was measured on this GPU"
-        return "triton", "this op's default, or the tuning table's choice"
-
-
 def choices(device: torch.device) -> list[dict[str, str]]:
     """For each op, called as ViT-B/16 or ResNet-50 calls it at batch 8: ``op``, ``runs`` ("triton", "pytorch"
     or "error") and ``why``. Nothing is computed."""
-    mode = backend.current_backend()
-    asked = []
-    for name, call in _calls(device, torch.bfloat16).items():
-        ask = _Ask(device, mode)
-        # under "triton" every op goes through torch.ops.fastvr, where it can be caught
-        with backend.use_backend("triton"), torch.no_grad(), ask:
-            call()
-        asked.append({"op": name, **ask.found[name]})
-    return asked
+    found = []
+    for name, args in _arguments(device, torch.bfloat16).items():
+        runs, why = _choice(name, args, device)
+        found.append({"op": name, "runs": runs, "why": why})
+    return found
 
 
-def _calls(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    from fastvr.ops.attention import attention
-    from fastvr.ops.conv_bn_relu import conv_bn_relu
-    from fastvr.ops.layer_norm import layer_norm
-    from fastvr.ops.layernorm_mlp import layernorm_mlp
-    from fastvr.ops.linear import linear
-    from fastvr.ops.patch_embed import patch_embed
-    from fastvr.ops.pool import avg_pool_linear, max_pool
+def _choice(name: str, args: tuple[Any, ...], device: torch.device) -> tuple[str, str]:
+    mode, op = backend.current_backend(), OPS[name]
+    if mode == "reference":
+        return "pytorch", "the mode is 'reference'"
+    reason = backend.unavailable(device) or op.unsupported(*args)
+    if reason is not None:
+        return ("error", f"the mode is 'triton', but {reason}") if mode == "triton" else ("pytorch", reason)
+    if mode == "triton":
+        return "triton", "the mode is 'triton'"
+    if device.type == "cpu":
+        return "pytorch", "the interpreter is for checking kernels: it runs them in the mode 'triton' only"
+    if op.measured(*args) == "reference":
+        return "pytorch", "the vendor's kernel: nothing faster was measured on this GPU"
+    return "triton", "this op's default, or the tuning table's choice"
+
+
+def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """By op, the arguments of its schema."""
 
     def t(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    tokens, d = t(8, 197, 768), 768
+    d, tokens = 768, t(8, 197, 768)
+    pixels = t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    norm = (t(64), t(64), t(64), t(64))
+    mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     return {
-        "patch_embed": lambda: patch_embed(t(8, 3, 224, 224), t(d, 3, 16, 16), t(d)),
-        "layer_norm": lambda: layer_norm(tokens, t(d), t(d)),
-        "linear": lambda: linear(tokens, t(3 * d, d), t(3 * d)),
-        "attention": lambda: attention(t(8, 197, 3 * d), 12),
-        "layernorm_mlp": lambda: layernorm_mlp(
-            tokens, t(d), t(d), t(4 * d, d), t(4 * d), t(d, 4 * d), t(d), residual=tokens
-        ),
-        "conv_bn_relu": lambda: conv_bn_relu(
-            t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last), t(64, 64, 3, 3), padding=1
-        ),
-        "max_pool": lambda: max_pool(t(8, 64, 112, 112), 3, 2, 1),
-        "avg_pool_linear": lambda: avg_pool_linear(t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+        "patch_embed": (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d)),
+        "layer_norm": (tokens, t(d), t(d), 1e-6, None),
+        "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
+        "attention": (t(8, 197, 3 * d), 12, 0.125),
+        "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
+        "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None),
+        "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
+        "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }
 
 

@@ -101,27 +101,25 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k_ptr = head_ptr + NUM_HEADS * HEAD_DIM
-    v_ptr = head_ptr + 2 * NUM_HEADS * HEAD_DIM
     offs_n = tl.arange(0, BLOCK_N)
     block = offs_n[:, None] * stride_qn + offs_d[None, :]
     whole = N // BLOCK_N * BLOCK_N
-    for _ in range(0, whole, BLOCK_N):
+    for start in range(0, whole, BLOCK_N):
+        # no pointer is carried from step to step: Triton 3.6 fails on that for AMD
+        k_ptrs = k_ptr + start * stride_row + block
         running_max, total, acc = _attend(
-            q, k_ptr + block, v_ptr + block, offs_n < N, columns, running_max, total, acc,
+            q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, offs_n < N, columns, running_max, total, acc,
             scale_log2, False, EVEN_D, PRECISION,
         )  # fmt: skip
-        k_ptr += BLOCK_N * stride_row
-        v_ptr += BLOCK_N * stride_row
 
     offs_t = tl.arange(0, TAIL)
     tail = offs_t[:, None] * stride_qn + offs_d[None, :]
     for start in tl.range(whole, N, TAIL, num_stages=1):
+        k_ptrs = k_ptr + start * stride_row + tail
         running_max, total, acc = _attend(
-            q, k_ptr + tail, v_ptr + tail, start + offs_t < N, columns, running_max, total, acc,
+            q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, start + offs_t < N, columns, running_max, total, acc,
             scale_log2, True, EVEN_D, PRECISION,
         )  # fmt: skip
-        k_ptr += TAIL * stride_row
-        v_ptr += TAIL * stride_row
 
     acc *= (1.0 / total)[:, None]
     offs_m = tl.arange(0, BLOCK_M)
@@ -152,10 +150,11 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
         )
     if wide:
         return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
+    if arch == "sm_100":
+        # ptxas holds the others to few registers, for the sake of one program more, and spills
+        return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2)] if head_dim > 32 else [_tile(128, 64, 8, 2)]
     # 128 keys a step save a rescaling of the accumulator, and lose where many keys are left for the tail
-    tiles = [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
-    # there ptxas holds the first to 72 registers for the sake of a seventh program, and spills
-    return tiles[1:] if arch == "sm_100" and head_dim <= 32 else tiles
+    return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
 
 
 def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:

@@ -194,8 +194,8 @@ def avg_pool_linear_candidate_configs(dtype: torch.dtype, arch: str) -> list[dic
     if arch == "interpreter":
         return [_head_tile(16, 64, 64, 16, 4, 1), _head_tile(32, 128, 32, 4, 4, 1)]
     if dtype == torch.float32:
-        return [_head_tile(16, 64, 32, 8, 4, 1), _head_tile(16, 16, 32, 8, 4, 1)]
-    return [_head_tile(16, 128, 64, 8, 4, 1), _head_tile(16, 32, 64, 8, 4, 1)]
+        return [_head_tile(16, 64, 32, 4, 4, 1), _head_tile(16, 16, 32, 4, 4, 1)]
+    return [_head_tile(16, 128, 64, 4, 4, 1), _head_tile(16, 32, 64, 4, 4, 1)]
 
 
 def avg_pool_linear_default_config(b: int, n: int, dtype: torch.dtype, arch: str) -> dict[str, int]:

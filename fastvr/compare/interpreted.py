@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fastvr
 from fastvr.backend import triton_missing
 from fastvr.compare import models, parity
+from fastvr.nn.residual import BasicBlock
 
 SIZE = 64
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +40,7 @@ def small_vit() -> nn.Module:
 
 
 def small_resnet() -> nn.Module:
-    return fastvr.ResNet18(num_classes=10)
+    return fastvr.ResNet(BasicBlock, (2, 2, 2, 2), num_classes=10, width=32)
 
 
 def run(crops: Tensor, *, tick: Callable[[float], None] = lambda seconds: None) -> dict[str, Any]:

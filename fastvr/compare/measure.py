@@ -49,7 +49,8 @@ def interleaved(
 
     Args:
         calls: by column; each is warmed up first. The order rotates, so that none always follows the same.
-        seconds: for all of them together, warm-up not counted; ``least`` rounds are made in any case.
+        seconds: for all of them together, warm-up not counted. ``least`` rounds may take longer, but none
+            begins after twice the time.
 
     Returns:
         By column, its timing, or why there is none ("out of memory").
@@ -67,9 +68,10 @@ def interleaved(
         else:
             times[name] = []
     order = list(times)
-    stop = time.perf_counter() + seconds
+    begin = time.perf_counter()
     for done in range(most):
-        if not order or (done >= least and time.perf_counter() > stop):
+        passed = time.perf_counter() - begin
+        if not order or (done and passed > (seconds if done >= least else 2 * seconds)):
             break
         order.append(order.pop(0))
         for name in order:

@@ -13,7 +13,8 @@ import fastvr
 from fastvr.backend import use_backend
 from fastvr.compare import UsageError
 from fastvr.compare.photos import Preprocessing
-from fastvr.models._model import Model
+from fastvr.models.resnet import ResNet
+from fastvr.models.vit import ViT
 from fastvr.weights.read import read_file, unwrap
 
 _CLASSES = 1000
@@ -25,7 +26,7 @@ class Family:
 
     key: str
     title: str
-    build: Callable[[int], Model]  # takes the number of classes
+    build: Callable[[int], ViT | ResNet]  # takes the number of classes
     peer: Callable[[int], nn.Module | None]  # the same from the library that people use now, if installed
     peer_name: str
     preprocessing: Preprocessing
@@ -87,7 +88,7 @@ class InPyTorch(nn.Module):
         return logits
 
 
-def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: int) -> Model:
+def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: int) -> ViT | ResNet:
     """The family's model in eval, with the weights of a checkpoint, or random ones.
 
     Random weights get BatchNorm statistics of ``photographs``: with the initial ones (mean 0, variance 1)
@@ -116,10 +117,10 @@ def _classes(weights: Path) -> int:
     return len(heads[0]) if heads and heads[0].ndim else _CLASSES
 
 
-def eager(family: Family, model: Model) -> tuple[nn.Module, str]:
+def eager(family: Family, model: ViT | ResNet) -> tuple[nn.Module, str]:
     """What people run now, with ``model``'s weights, and its name: timm's or torchvision's model where that
     is installed, else ours on the reference backend."""
-    peer = family.peer(int(model.num_classes))
+    peer = family.peer(model.num_classes)
     if peer is None:
         return InPyTorch(model), "PyTorch"
     peer.load_state_dict(model.state_dict())

@@ -33,8 +33,10 @@ from fastvr.compare import digits, interpreted, measure, parity, photos, traffic
 from fastvr.compare.models import FAMILIES, Family, InPyTorch, build, eager
 from fastvr.compare.progress import Reporter, Step
 from fastvr.compare.settings import DTYPES, Settings, check_writable, device_for, write_json
-from fastvr.models._model import Model
+from fastvr.models.resnet import ResNet
+from fastvr.models.vit import ViT
 
+SECONDS = {"cpu": (10.0, 3.0), "cuda": (3.0, 1.0)}  # of timing a model and batch size; in a quick run
 _TRAFFIC_BATCH = 64
 
 
@@ -56,7 +58,7 @@ class Comparison:
             self._batches = [1, 64] if gpu else [1, 4]
         check_writable(settings.json)
         self._photographs = photos.load(settings.images)
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ViT | ResNet] = {}
         self._eager: dict[str, tuple[nn.Module, str]] = {}
         self.result: dict[str, Any] = {
             "schema": 1,
@@ -93,12 +95,16 @@ class Comparison:
             phases.append(("Learning handwritten digits", self._learn))
         try:
             for number, (title, phase) in enumerate(phases, 1):
+                self._write()
                 with self._reporter.phase(f"{number}/{len(phases)} {title}") as step:
                     phase(step)
             self.result["complete"] = True
         finally:
-            if self._settings.json is not None:
-                write_json(self._settings.json, self.result)
+            self._write()
+
+    def _write(self) -> None:
+        if self._settings.json is not None:
+            write_json(self._settings.json, self.result)
 
     @property
     def passed(self) -> bool:
@@ -161,11 +167,7 @@ class Comparison:
             self.result["models"][family.key]["parity"] = parity.verdict(model, peer, x, mode=mode)
 
     def _time(self, step: Step) -> None:
-        each = (
-            (1.0 if self._settings.quick else 3.0)
-            if self._device.type == "cuda"
-            else (3.0 if self._settings.quick else 10.0)
-        )
+        each = SECONDS[self._device.type][self._settings.quick]
         cells = len(self._families) * len(self._batches)
         for row, family in enumerate(self._families):
             images = self._photographs.batch(

@@ -27,6 +27,7 @@ from fastvr import backend
 # Allocation and bookkeeping: they launch nothing. Views are recognised by their schema.
 _FREE = frozenset(
     {
+        torch.ops.aten.as_strided_.default,
         torch.ops.aten.detach.default,
         torch.ops.aten.lift_fresh.default,
         torch.ops.aten.empty.memory_format,
@@ -37,6 +38,9 @@ _FREE = frozenset(
         torch.ops.aten._unsafe_view.default,
     }
 )
+# On meta they forget channels_last, which PyTorch's kernels keep; copies would seem to follow.
+_CONVOLUTION = torch.ops.aten.convolution.default
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _nbytes(tensor: Tensor) -> int:
     """Bytes in memory that the tensor's elements take: an expanded dimension is one element there."""
     if not tensor.numel():
@@ -145,7 +153,7 @@ class _FlashAttention(TorchFunctionMode):
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._by_op: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
         self._inside: list[str] = []
 
@@ -192,6 +200,10 @@ class _Counter(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
+        if func in (_CONVOLUTION, _BATCH_NORM) and _channels_last(args[0]):
+            first = out if isinstance(out, Tensor) else out[0]
+            first = torch.empty_like(first, memory_format=torch.channels_last)
+            out = first if isinstance(out, Tensor) else (first, *out[1:])
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func in _FREE or func.is_view or not results:
             return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastvr.nn.plain import plain
@@ -89,7 +90,10 @@ def conv_bn_relu(
     y: torch.Tensor = bn(convolve(conv, x))
     if residual is not None:
         y = y + residual
-    return y if relu is None else relu(y)
+    if relu is None:
+        return y
+    # not in place, as the module has it: a backward hook on bn forbids that, and nothing is saved by it
+    return F.relu(y) if plain(relu, nn.ReLU) else relu(y)
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:

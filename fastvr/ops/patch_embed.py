@@ -102,6 +102,8 @@ def _kernel(
     y = backend.empty((batch, tokens, d), dtype=result_dtype(x, pos_embed, prefix_tokens), device=x.device)
     if y.numel() == 0:
         return y
+    if sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31:
+        x = x.contiguous()  # the kernel reaches the pixels of an image by 32-bit offsets
     config = tuning.config("patch_embed", table_key(batch * tokens, weight, x.dtype), x.device)
     launch_patch_embed_fwd(
         x=x,

@@ -15,7 +15,7 @@ def patch_embed(
 ) -> torch.Tensor:
     y = F.conv2d(x, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     if prefix_tokens is not None:
-        y = torch.cat([prefix_tokens.expand(len(x), -1, -1), y], 1)
+        y = torch.cat([prefix_tokens.expand(x.shape[0], -1, -1), y], 1)
     if pos_embed is not None:
         y = y + pos_embed
     # the sum keeps the transposed strides of the convolution where nothing was put before it

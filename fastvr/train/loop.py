@@ -60,6 +60,7 @@ def fit(
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer.zero_grad()  # the first call imports torch._dynamo, seconds that are not the model's
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(x))
     model.train()

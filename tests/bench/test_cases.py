@@ -10,6 +10,7 @@ import inputs
 import pytest
 import torch
 
+import fastvr
 from fastvr import backend
 from fastvr.ops._op import OPS
 
@@ -63,12 +64,21 @@ def test_random_cases_are_the_same_for_the_same_seed() -> None:
     assert first == again
 
 
-def test_resnet50_has_each_of_its_convolutions_once() -> None:
-    convs = cases.REAL["conv_bn_relu"]
-    # 53 convolutions of 23 kinds: a stage's first block has a stride, a downsample and another input
-    assert len(convs) == 23
-    assert convs[0]["kernel"] == 7
-    assert max(case["out"] for case in convs) == 2048
+def test_the_convolutions_are_those_of_resnet50() -> None:
+    with torch.device("meta"):
+        model = fastvr.ResNet50().eval()
+    found: set[tuple[int, ...]] = set()
+
+    def note(module: torch.nn.Conv2d, args: tuple[torch.Tensor, ...]) -> None:
+        found.add((*module.weight.shape[:3], module.stride[0], module.padding[0], args[0].shape[-1]))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    with backend.use_backend("reference"), torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    names = ("out", "channels", "kernel", "stride", "padding", "width")
+    assert found == {tuple(case[name] for name in names) for case in cases.REAL["conv_bn_relu"]}
 
 
 def test_batch_is_all_that_at_batch_changes() -> None:

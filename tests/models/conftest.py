@@ -47,6 +47,7 @@ def _randomise() -> Callable[..., nn.Module]:
 @pytest.fixture
 def tiny_vit() -> Callable[..., fastvr.ViT]:
     def make(**overrides: Any) -> fastvr.ViT:
+        torch.manual_seed(0)
         return randomise(fastvr.ViT(**{**TINY_VIT, **overrides})).eval()
 
     return make
@@ -57,6 +58,7 @@ def tiny_timm() -> Callable[..., nn.Module]:
     from timm.models.vision_transformer import VisionTransformer
 
     def make(**overrides: Any) -> nn.Module:
+        torch.manual_seed(0)
         return randomise(VisionTransformer(**{**TINY_VIT, **overrides})).eval()
 
     return make
@@ -67,6 +69,7 @@ def tiny_resnet() -> Callable[..., ResNet]:
     def make(block: str = "bottleneck", **overrides: Any) -> ResNet:
         kind = Bottleneck if block == "bottleneck" else BasicBlock
         arguments = {"num_classes": 10, "width": 8, **overrides}
+        torch.manual_seed(0)
         return randomise(ResNet(kind, (1, 1, 1, 1), **arguments)).eval()
 
     return make

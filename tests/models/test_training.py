@@ -58,7 +58,9 @@ def test_resnet_gradients_and_statistics_are_torchvisions(block, randomise, imag
         "basic": (BasicBlock, residual.BasicBlock),
         "bottleneck": (Bottleneck, residual.Bottleneck),
     }[block]
+    # in our layout: PyTorch's convolutions round differently in the other one
     theirs = randomise(torchvision.models.ResNet(kind, [1, 1, 1, 1], num_classes=10))
+    theirs = theirs.to(memory_format=torch.channels_last)
     ours = ResNet(ours_kind, (1, 1, 1, 1), num_classes=10)
     ours.load_state_dict(theirs.state_dict())
     truth = truth_model(theirs)

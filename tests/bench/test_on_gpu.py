@@ -1,0 +1,194 @@
+"""bench/on_gpu.py without a GPU: every step runs, writes its file, and respects its budget."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import gpu_bench
+import gpu_parity
+import gpu_tune
+import inputs
+import on_gpu
+import pytest
+import record
+import summary
+import timing
+import torch
+from launches import Job
+from session import Session, until
+
+import fastvr
+from fastvr import tuning
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the steps would take the GPU's time")
+
+
+@pytest.fixture(autouse=True)
+def _one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One op with one configuration's worth of work; ``--op`` changes these for the process."""
+    monkeypatch.setattr(cases, "OPS", ("layer_norm",))
+    monkeypatch.setattr(cases, "MODELS", ())
+
+
+def _session(out: Path, seconds: float = 60.0) -> Session:
+    return Session(out, torch.device("cpu"), until(seconds, 1.0), small=True)
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_all_steps_write_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        on_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--op", "layer_norm", "--budget", "600"]) == 0
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "bench.json",
+        "cpu.json",
+        "parity.json",
+        "tune.json",
+    ]
+    parity, tune, bench = (_load(tmp_path / f"{step}.json") for step in on_gpu.STEPS)
+    for content in (parity, tune, bench):
+        assert content["gpu"] == "cpu"
+        assert content["complete"]
+        assert content["commit"]
+    assert parity["passed"] == parity["planned"] > 4
+    assert {row["mode"] for row in tune["measured"]} == {"reference", "triton"}
+    assert list(bench["ops"]) == ["layer_norm[ViT-Ti b2] bfloat16"]
+    assert bench["ops"]["layer_norm[ViT-Ti b2] bfloat16"]["fastvr"]["parity"]
+    table = capsys.readouterr().out
+    assert "no GPU" in table
+    assert "parity (complete)" in table
+
+
+def test_the_table_is_one_that_tuning_reads(tmp_path: Path) -> None:
+    assert gpu_tune.run(_session(tmp_path)) == 0
+    content = _load(tmp_path / "cpu.json")
+    assert {"gpu", "versions", "commit", "entries"} <= set(content)
+    key = tuning.key("layer_norm", torch.bfloat16, m=tuning.bucket(100), n=192)
+    entry = content["entries"][key]
+    assert set(entry) == {"impl", "config", "ms", "runner_up_ms", "reference_ms"}
+    # the interpreter never beats PyTorch
+    assert entry["impl"] == "reference"
+    assert entry["ms"] == entry["reference_ms"] <= entry["runner_up_ms"]
+
+
+def test_no_budget_saves_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = on_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--op", "layer_norm", "--budget", "0"])
+    assert status == 0
+    for name in ("parity.json", "tune.json", "bench.json"):
+        assert _load(tmp_path / name)["complete"] is False
+    assert capsys.readouterr().out.count("the budget is used up") == 3
+
+
+def test_a_wrong_kernel_fails_parity_and_cannot_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvr.ops._op import OPS
+
+    op = OPS["layer_norm"]
+    right = op.kernel
+    monkeypatch.setattr(op, "kernel", lambda *args: right(*args) * 1.02)
+    case = cases.SMALL["layer_norm"][0]
+    monkeypatch.setattr(gpu_parity, "plan", lambda *args, **kwargs: [Job(case, "float32", "interpreter")])
+    assert gpu_parity.run(_session(tmp_path)) == 1
+    failure = _load(tmp_path / "parity.json")["failures"][0]
+    assert failure["sizes"]["dim"] == 192
+    tuner = gpu_tune.Tuner(_session(tmp_path), rep_ms=1)
+    taken = timing.device_times
+
+    def only_reference(*args: Any, **kwargs: Any) -> timing.Times:
+        assert fastvr.current_backend() == "reference", "timed behind a red gate"
+        return taken(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "device_times", only_reference)
+    monkeypatch.setattr(gpu_tune.Tuner, "peaks", {"float32": record.Peaks(1.0, 1.0)})
+    tuner.tune(case, "float32")
+    assert tuner.failures
+    assert not any("red gate" in failure["error"] for failure in tuner.failures)
+    assert all(entry["impl"] == "reference" for entry in tuner.entries.values())
+
+
+def test_a_candidate_that_breaks_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastvr.kernels.layer_norm as kernel
+
+    candidates = kernel.candidate_configs
+    broken = {"BLOCK_M": 3, "BLOCK_N": 256, "num_warps": 4, "num_stages": 1}  # no power of two
+    monkeypatch.setattr(kernel, "candidate_configs", lambda n, arch: [broken, *candidates(n, arch)])
+    monkeypatch.setattr(kernel, "default_config", lambda n, arch: candidates(n, arch)[0])
+    session = _session(tmp_path)
+    tuner = gpu_tune.Tuner(session, rep_ms=1)
+    case = cases.Case.of("layer_norm", "breaks", batch=2, tokens=9, dim=192)
+    tuner.tune(case, "float32")
+    assert len(tuner.failures) == 1
+    assert "'BLOCK_M': 3" in tuner.failures[0]["job"]
+    (entry,) = tuner.entries.values()
+    assert entry["config"]["BLOCK_M"] != 3
+
+
+def test_entries_of_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = _session(tmp_path)
+    session.save("cpu.json", {"entries": {"k": {"impl": "triton"}}})
+    assert gpu_tune.Tuner(session, rep_ms=1).entries == {"k": {"impl": "triton"}}
+    monkeypatch.setattr(record, "source_digest", lambda: "other")
+    assert gpu_tune.Tuner(session, rep_ms=1).entries == {}
+
+
+def test_the_plan_begins_with_what_is_wanted_most() -> None:
+    plan = gpu_tune.plan(("bfloat16", "float32"), small=False)
+    first, last = plan[0], plan[-1]
+    assert first[1] == "bfloat16"
+    assert "ViT-B" in first[0].label
+    assert first[0]["batch"] == 256
+    assert last[1] == "float32"
+
+
+def test_samples_are_seeded() -> None:
+    plans = [
+        gpu_parity.plan("interpreter", ("float32",), small=True, seed=seed, count=3) for seed in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_the_fresh_table_is_in_force_only_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTVR_TUNING_TABLE", raising=False)
+    session = _session(tmp_path)
+    session.save("cpu.json", {"entries": {"a|b|c": {"impl": "triton"}}})
+    with gpu_bench.fresh_table(session):
+        assert tuning._table("cpu") == {"a|b|c": {"impl": "triton"}}
+    assert tuning._table("cpu") == {}
+
+
+def test_every_knob_names_its_candidates() -> None:
+    import launches
+
+    for op, listed in cases.REAL.items():
+        for dtype in cases.DTYPES:
+            for arch in ("sm_90", "gfx942"):
+                consulted = launches.consult(listed[0], dtype, arch)
+                assert consulted.choices, op
+                assert all(knob.candidates for knob in consulted.knobs), op
+    names = [
+        knob.name for knob in launches.consult(cases.REAL["layernorm_mlp"][0], "bfloat16", "sm_90").knobs
+    ]
+    assert names == ["norm_linear", "linear"]
+
+
+def test_summary_of_nothing_and_of_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "parity.json").write_text("{")
+    assert "files in" in summary.table(tmp_path, 1.0)
+
+
+def test_an_unknown_op_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--op takes"):
+        on_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--op", "nonsense"])
+
+
+def test_inputs_are_made_by_name() -> None:
+    assert set(inputs.make(cases.SMALL["layer_norm"][0], torch.float32, "meta")) == {"x", "weight", "bias"}
+    assert "fastvr" in sys.modules

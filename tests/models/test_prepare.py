@@ -1,0 +1,195 @@
+"""A prepared model is the model, until the model changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import fastvr
+from fastvr.testing import assert_parity, truth_model
+
+KINDS = ["vit", "basic", "bottleneck"]
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gives_what_the_model_gives(kind, dtype, mode, tiny, images, device) -> None:
+    model = tiny(kind).to(device, dtype)
+    x = images(2).to(device, dtype)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        eager, exact = model(x), truth_model(model)(x.double())
+    with fastvr.use_backend(mode):
+        prepared = fastvr.prepare(model, x)
+        assert_parity(prepared(x), eager, exact)
+    assert prepared.captured == (device.type == "cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_and_other_shapes(kind, tiny, images) -> None:
+    model = tiny(kind).double()
+    prepared = fastvr.prepare(model, images(2).double())
+    with torch.no_grad():
+        for n in (0, 1, 2, 5):
+            x = images(n).double()
+            torch.testing.assert_close(prepared(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_source_is_untouched_and_nothing_is_shared(kind, tiny, images) -> None:
+    model, x = tiny(kind), images()
+    before = copy.deepcopy(model.state_dict())
+    prepared = fastvr.prepare(model, x)
+    expected = prepared(x)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(prepared(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_belong_to_the_caller(kind, tiny, images, device) -> None:
+    model = tiny(kind).to(device)
+    prepared = fastvr.prepare(model, images(2).to(device))
+    first = prepared(images(2, seed=1).to(device))
+    kept = first.clone()
+    second = prepared(images(2, seed=2).to(device))
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+    first.add_(1)
+    assert torch.equal(prepared(images(2, seed=2).to(device)), second)
+
+
+def test_no_gradient_flows(tiny_vit, images) -> None:
+    x = images().requires_grad_()
+    y = fastvr.prepare(tiny_vit(), images())(x)
+    assert not y.requires_grad
+    # and the result may still be used where gradients do
+    (y * torch.ones(10, requires_grad=True)).sum().backward()
+
+
+def test_prepares_in_inference_mode_and_runs_outside(tiny_resnet, images) -> None:
+    model = tiny_resnet()
+    with torch.inference_mode():
+        prepared = fastvr.prepare(model, images())
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(images()), model(images()))
+
+
+def _reload(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
+CHANGES = {
+    "train": lambda model: model.train(),
+    "train and eval": lambda model: model.train().eval(),
+    "load_state_dict": _reload,
+    "load_checkpoint": lambda model: fastvr.load_checkpoint(model, copy.deepcopy(model.state_dict())),
+    "to": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "reset_classifier": lambda model: model.reset_classifier(3),
+    "inside a larger model": lambda model: nn.Sequential(model).bfloat16(),
+    "loaded in a larger model": lambda model: _reload(nn.Sequential(model)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_goes_stale_and_is_refreshed(kind, change, tiny, images) -> None:
+    model = tiny(kind)
+    prepared = fastvr.prepare(model, images())
+    prepared(images())
+    CHANGES[change](model)
+    with pytest.raises(RuntimeError, match=r"changed after prepare.*call refresh\(\)"):
+        prepared(images())
+    if model.training:
+        with pytest.raises(ValueError, match="eval"):
+            prepared.refresh()
+        model.eval()
+    prepared.refresh()
+    x = images().to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        assert_parity(prepared(x), model(x), truth_model(model)(x.double()))
+
+
+def test_eval_again_does_not_make_it_stale(tiny_vit, images) -> None:
+    model = tiny_vit()
+    prepared = fastvr.prepare(model, images())
+    model.eval()
+    prepared(images())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh_takes_weights_written_by_hand(kind, tiny, images) -> None:
+    model = tiny(kind)
+    prepared = fastvr.prepare(model, images())
+    old = prepared(images())
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+        prepared.refresh()
+        new = model(images())
+        assert_parity(prepared(images()), new, truth_model(model)(images().double()))
+    assert not torch.equal(old, new)
+
+
+def test_a_failed_refresh_leaves_the_snapshot(tiny_vit, images) -> None:
+    model = tiny_vit()
+    prepared = fastvr.prepare(model, images())
+    before = prepared(images())
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"model\.blocks\.0 must have no hooks"):
+        prepared.refresh()
+    assert torch.equal(prepared(images()), before)
+
+
+def test_outlives_its_source(tiny_vit, images) -> None:
+    model = tiny_vit()
+    prepared = fastvr.prepare(model, images())
+    before = prepared(images())
+    del model
+    gc.collect()
+    assert torch.equal(prepared(images()), before)
+    with pytest.raises(RuntimeError, match="gone"):
+        prepared.refresh()
+
+
+def test_what_it_does_not_take(tiny_vit, tiny_resnet, images) -> None:
+    with pytest.raises(ValueError, match="model must be a ViT or ResNet; got Linear"):
+        fastvr.prepare(nn.Linear(1, 1), images())
+    with pytest.raises(ValueError, match=r"example must be a torch.Tensor; got NoneType"):
+        fastvr.prepare(tiny_vit(), None)
+    with pytest.raises(ValueError, match=r"x must be \[N, 3, 32, 32\]"):
+        fastvr.prepare(tiny_vit(), images(size=40))
+    with pytest.raises(ValueError, match=r"x must be torch\.float32"):
+        fastvr.prepare(tiny_resnet(), images().double())
+    model = tiny_resnet()
+    model.layer1.train()
+    with pytest.raises(ValueError, match=r"model\.layer1 must be in eval mode"):
+        fastvr.prepare(model, images())
+    prepared = fastvr.prepare(tiny_resnet(), images())
+    with pytest.raises(ValueError, match="x must be"):
+        prepared(images().to(torch.uint8))
+
+
+def test_prepared_batch_norm_without_affine(tiny_resnet, images) -> None:
+    model = tiny_resnet()
+    model.bn1 = nn.BatchNorm2d(8, affine=False)
+    model.bn1.running_mean.normal_()
+    model.eval()
+    with torch.no_grad():
+        actual = fastvr.prepare(model, images())(images())
+        assert_parity(actual, model(images()), truth_model(model)(images().double()))
+
+
+def test_says_what_it_is(tiny_vit, images) -> None:
+    assert repr(fastvr.prepare(tiny_vit(), images(3))) == "PreparedModel(ViT, [3, 3, 32, 32], no graph)" or (
+        torch.cuda.is_available()
+    )
