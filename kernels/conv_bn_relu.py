@@ -197,21 +197,19 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, 
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def is_flat(c: int, kh: int, kw: int) -> bool:
-    """Whether blocks of K cross taps: the stem, channels that no block divides, grouped convolutions."""
-    return kh * kw > 1 and c % 64 != 0
+def candidate_configs(dtype: torch.dtype, arch: str, *, gathered: bool = False) -> list[dict[str, int]]:
+    """Configurations that fit ``arch``, from the largest tile to the thinnest (a late layer at batch 1).
 
-
-def candidate_configs(dtype: torch.dtype, arch: str, *, flat: bool = False) -> list[dict[str, int]]:
-    """Configurations that fit ``arch``, from the largest tile to the thinnest (a late layer at batch 1)."""
+    ``gathered``: operands are loaded element by element, not 16 bytes at a time.
+    """
     if arch == "interpreter":
         return [_tile(256, 64, 64, 4, 1), _tile(128, 32, 32, 4, 1), _tile(16, 64, 64, 4, 1)]
     if dtype == torch.float32:
         # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers, which short
         # blocks of K keep from spilling
         return [_tile(64, 64, 16, 4, 3), _tile(32, 64, 16, 4, 3), _tile(16, 64, 32, 4, 2)]
-    if flat:
-        # gathered element by element, each with its own pointer and mask: short blocks of K, or they spill
+    if gathered:
+        # every element has a pointer and a mask of its own: short blocks of K, or they spill
         return [_tile(128, 64, 32, 8, 2), _tile(64, 64, 32, 4, 2), _tile(16, 64, 32, 4, 2)]
     if arch.startswith("gfx"):
         return [
@@ -237,10 +235,12 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, flat: bool = False) -> l
     ]
 
 
-def default_config(m: int, n: int, dtype: torch.dtype, arch: str, *, flat: bool = False) -> dict[str, int]:
+def default_config(
+    m: int, n: int, dtype: torch.dtype, arch: str, *, gathered: bool = False
+) -> dict[str, int]:
     """For ``m`` output pixels and ``n`` channels of a group: the largest tile that is not mostly padding and
     still makes two waves of programs on a large GPU; a thin one for few pixels."""
-    tiles = candidate_configs(dtype, arch, flat=flat)
+    tiles = candidate_configs(dtype, arch, gathered=gathered)
     if m <= 64:
         return tiles[-1]
     for tile in tiles[:-1]:

@@ -64,7 +64,7 @@ def _learning(models: Json) -> list[str]:
             continue
         worse, better = sorted(runs, key=lambda title: float(runs[title]["accuracy"]))
         a, b = runs[better]["accuracy"], runs[worse]["accuracy"]
-        head = text.format(n=runs[better]["samples"])
+        head = text.format(n=runs[better]["samples"]) + f" for {runs[better]['seconds']:.0f} s each"
         even = f"both reach {a:.1%}" if a == b else f"the {better} reaches {a:.1%}, the {worse} {b:.1%}"
         sentences.append(f"{head}, {even}")
     return ["; ".join(sentences) + "."] if sentences else []

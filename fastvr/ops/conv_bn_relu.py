@@ -129,15 +129,34 @@ def _output_shape(
     return n, o, output_size(h, kh, stride[0], padding[0]), output_size(w, kw, stride[1], padding[1])
 
 
+def gathered(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel loads element by element: blocks of K that cross taps (the stem, few channels a
+    group), or memory whose innermost dimension is not the channels, 16 bytes at a time."""
+    _, c, kh, kw = weight.shape
+    crossing = kh * kw > 1 and c % 64 != 0
+    return crossing or not (_wide(x) and _wide(weight))
+
+
+def _wide(t: torch.Tensor) -> bool:
+    outer = [stride for d, stride in enumerate(t.stride()) if d != 1 and t.shape[d] > 1]
+    return t.stride(1) == 1 and all(stride * t.element_size() % 16 == 0 for stride in outer)
+
+
 def table_key(
     x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> str:
     n, o, oh, ow = _output_shape(x, weight, stride, padding)
     _, c, kh, kw = weight.shape
-    rows = tuning.bucket(n * oh * ow)
-    return tuning.key(
-        "conv_bn_relu", x.dtype, m=rows, o=o, c=c, kh=kh, kw=kw, sh=stride[0], sw=stride[1], g=groups
-    )
+    sizes = {
+        "m": tuning.bucket(n * oh * ow),
+        "o": o,
+        "c": c,
+        "kh": kh,
+        "kw": kw,
+        "sh": stride[0],
+        "sw": stride[1],
+    }
+    return tuning.key("conv_bn_relu", x.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
 
 
 def _kernel(
@@ -154,7 +173,7 @@ def _kernel(
     act: str,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    from fastvr.kernels.conv_bn_relu import default_config, is_flat, launch_conv_bn_relu_fwd
+    from fastvr.kernels.conv_bn_relu import default_config, launch_conv_bn_relu_fwd
 
     n, o, oh, ow = shape = _output_shape(x, weight, stride, padding)
     y = backend.empty(
@@ -165,8 +184,7 @@ def _kernel(
     config = tuning.config("conv_bn_relu", table_key(x, weight, stride, padding, groups), x.device)
     if config is None:
         arch = backend.architecture(x.device)
-        flat = is_flat(*weight.shape[1:])
-        config = default_config(n * oh * ow, o // groups, x.dtype, arch, flat=flat)
+        config = default_config(n * oh * ow, o // groups, x.dtype, arch, gathered=gathered(x, weight))
     launch_conv_bn_relu_fwd(
         x=x,
         weight=weight,

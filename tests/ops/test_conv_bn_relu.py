@@ -133,14 +133,14 @@ def test_eps_counts(device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "flat"), [((1, 64, 7, 5, 72, 3, 2, 1, 1), False), ((1, 5, 7, 5, 20, 3, 1, 1, 1), True)]
+    ("shape", "gathered"), [((1, 64, 7, 5, 72, 3, 2, 1, 1), False), ((1, 5, 7, 5, 20, 3, 1, 1, 1), True)]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_configuration(shape, flat, dtype, device):
+def test_every_configuration(shape, gathered, dtype, device):
     given = inputs(*shape, dtype, device)
     tried = []
     for arch in ("interpreter", *GRID.architectures):
-        for config in kernels.candidate_configs(dtype, arch, flat=flat):
+        for config in kernels.candidate_configs(dtype, arch, gathered=gathered):
             if config not in tried:
                 tried.append(config)
                 with tuning.force_config("conv_bn_relu", config):
@@ -148,13 +148,13 @@ def test_every_configuration(shape, flat, dtype, device):
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 3136, 200_704])
-@pytest.mark.parametrize("flat", [False, True])
-def test_default_is_a_candidate(rows, flat):
+@pytest.mark.parametrize("gathered", [False, True])
+def test_default_is_a_candidate(rows, gathered):
     for arch in GRID.architectures:
         for dtype in DTYPES:
             for n in (1, 64, 2048):
-                config = kernels.default_config(rows, n, dtype, arch, flat=flat)
-                assert config in kernels.candidate_configs(dtype, arch, flat=flat)
+                config = kernels.default_config(rows, n, dtype, arch, gathered=gathered)
+                assert config in kernels.candidate_configs(dtype, arch, gathered=gathered)
 
 
 def layouts(t):

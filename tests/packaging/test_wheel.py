@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own, imported from outside and from the root of the checkout.
+"""The wheel, installed elsewhere, imported from outside and from the root of the checkout.
 
 `kernels` is also a package of Hugging Face's: ours must never answer to that name.
 """
@@ -14,9 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
-import importlib.util, sys
+import importlib.util
 import fastvr, fastvr.kernels, fastvr.backend
-assert importlib.util.find_spec("kernels") is None or "fastvr" not in (importlib.util.find_spec("kernels").origin or "")
+other = importlib.util.find_spec("kernels")
+assert other is None or "fastvr" not in (other.origin or "")
 print(fastvr.__file__)
 if fastvr.backend.triton_missing() is None:
     import fastvr.kernels.linear
@@ -55,7 +56,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _import(site: Path, cwd: Path) -> list[str]:
     code = f"import sys; sys.path.insert(0, {str(site)!r})\n{CHECK}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
@@ -63,7 +66,8 @@ def _import(site: Path, cwd: Path) -> list[str]:
 def test_wheel_holds_every_package_and_nothing_else(site: Path) -> None:
     tops = {path.name for path in site.iterdir()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"fastvr"}
-    sources = {p.relative_to(ROOT / "fastvr") for p in (ROOT / "fastvr").rglob("*.py") if "kernels" not in p.parts}
+    package = ROOT / "fastvr"
+    sources = {p.relative_to(package) for p in package.rglob("*.py") if "kernels" not in p.parts}
     shipped = {p.relative_to(site / "fastvr") for p in (site / "fastvr").rglob("*.py")}
     assert sources <= shipped
     kernels = {p.name for p in (ROOT / "kernels").glob("*.py")}
@@ -84,7 +88,8 @@ def test_import_from_the_root_of_the_checkout(site: Path) -> None:
 
 def test_symlink_serves_the_checkout() -> None:
     link = ROOT / "fastvr" / "kernels"
-    assert link.is_symlink() and link.readlink() == Path("../kernels")
+    assert link.is_symlink()
+    assert link.readlink() == Path("../kernels")
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -92,7 +97,11 @@ def test_beside_hugging_faces_kernels(tmp_path: Path) -> None:
     """A package called `kernels` on the path, as Hugging Face's, stays what it is."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OTHER = True\n")
-    code = "import kernels, fastvr.kernels.common; assert kernels.OTHER; assert not hasattr(fastvr.kernels, 'OTHER')"
+    code = (
+        "import kernels, fastvr.kernels.common; "
+        "assert kernels.OTHER; assert not hasattr(fastvr.kernels, 'OTHER')"
+    )
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
