@@ -86,9 +86,22 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
     return swept + [jobs[index % len(jobs)] for index, jobs in enumerate(turns, 1)]
 
 
-def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[tuple[Job, bool]]:
-    """(job, whether to count the binaries that ten batch sizes make) of the whole audit."""
-    jobs: list[tuple[Job, bool]] = []
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A job, and whether to count the binaries that ten batch sizes make of it.
+
+    ``tf32``: with PyTorch's switches for it on, which for convolutions is its default: what runs then must
+    not spill either. Without them a float32 kernel must not use it.
+    """
+
+    job: Job
+    count: bool = False
+    tf32: bool = False
+
+
+def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
+    """The whole audit."""
+    tasks: list[Task] = []
     for arch in archs:
         for op in ops:
             for dtype in cases.DTYPES:
@@ -96,8 +109,11 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[tuple[Jo
                 if everything:
                     shapes = (*cases.cases(op, real=True), *kinds(op))
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
-                jobs += [(job, index == 0 or everything) for index, job in enumerate(dict.fromkeys(chosen))]
-    return jobs
+                chosen = list(dict.fromkeys(chosen))
+                tasks += [Task(job, count=index == 0 or everything) for index, job in enumerate(chosen)]
+                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed"):
+                    tasks += [Task(job, tf32=True) for job in chosen]
+    return tasks
 
 
 def _config_text(launch: launches.Launch) -> str:
@@ -106,17 +122,24 @@ def _config_text(launch: launches.Launch) -> str:
     return "x".join(blocks) + f" w{options.get('num_warps', '-')} s{options.get('num_stages', '-')}"
 
 
-def audit_job(item: tuple[Job, bool]) -> list[Row]:
-    job, count = item
-    make = functools.partial(Row, op=job.case.op, dtype=job.dtype, arch=job.arch, label=job.case.label)
+def audit(task: Task) -> list[Row]:
+    job, count = task.job, task.count
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = task.tf32
+    dtype = "tf32" if task.tf32 else job.dtype
+    make = functools.partial(Row, op=job.case.op, dtype=dtype, arch=job.arch, label=job.case.label)
     forced = " ".join(f"{knob}={dict(config)}" for knob, config in job.forced)
     try:
-        recorded = [launch for launch in launches.record_job(job) if _carries(launch, job)]
+        # an op's other launches keep one configuration at every batch: only this one's is audited
+        known = dict(job.forced)
+        others = [k for k in launches.consult(job.case, job.dtype, job.arch).knobs if k.name not in known]
+        pins = tuple((knob.name, launches.freeze(knob.candidates[0])) for knob in others)
+        pinned = dataclasses.replace(job, forced=job.forced + pins)
+        recorded = [launch for launch in launches.record_job(pinned) if _carries(launch, job)]
         compiled = [launches.compile_launch(launch, job.arch) for launch in recorded]
         binaries = [{kernel.hash} for kernel in compiled]
         for batch in cases.TEN_BATCHES if count else ():
-            again = launches.record_job(dataclasses.replace(job, case=job.case.at_batch(batch)))
-            again = [launch for launch in again if _carries(launch, job)]
+            other = dataclasses.replace(pinned, case=job.case.at_batch(batch))
+            again = [launch for launch in launches.record_job(other) if _carries(launch, job)]
             for hashes, launch in zip(binaries, again, strict=True):
                 hashes.add(launches.compile_launch(launch, job.arch).hash)
     except Exception as error:
@@ -127,7 +150,7 @@ def audit_job(item: tuple[Job, bool]) -> list[Row]:
         needs = launches.resources(kernel)
         failures = rules.binary_failures(
             needs,
-            dtype=job.dtype,
+            dtype=dtype,
             dot=launches.uses_dot(launch.kernel),
             arguments=launch.arguments,
             options=launch.options,
@@ -205,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     launches.refuse_interpreter("bench/audit.py")
     torch.set_num_threads(1)
     started = time.monotonic()
-    jobs = plan(args.arch, args.op, everything=args.all)
+    tasks = plan(args.arch, args.op, everything=args.all)
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -213,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         elif done % 50 == 0 or done == total:
             print(f"{done}/{total} compiled", file=sys.stderr, flush=True)
 
-    found = launches.in_parallel(audit_job, jobs, progress, args.jobs)
+    found = launches.in_parallel(audit, tasks, progress, args.jobs)
     rows = distinct(source_rows() + [row for rows in found for row in rows])
     rows.sort(key=lambda row: not row.failures)
     show(rows, time.monotonic() - started)

@@ -60,7 +60,7 @@ def binary_failures(
         failures.append(f"does not fit ({resources.shared} bytes of shared memory)")
     if dtype == "float32" and resources.tf32:
         failures.append("TF32 in a float32 kernel")
-    if dot and dtype != "float32":
+    if dot and dtype in ("float16", "bfloat16"):
         wanted = matrix_instruction(resources.arch, arguments, options)
         if not resources.mma:
             failures.append("no matrix instructions")

@@ -194,7 +194,7 @@ def avg_pool_linear_candidate_configs(dtype: torch.dtype, arch: str) -> list[dic
     if arch == "interpreter":
         return [_head_tile(16, 64, 64, 16, 4, 1), _head_tile(32, 128, 32, 4, 4, 1)]
     if dtype == torch.float32:
-        return [_head_tile(16, 32, 32, 4, 4, 1), _head_tile(16, 16, 32, 4, 4, 1)]
+        return [_head_tile(16, 32, 16, 8, 4, 1), _head_tile(16, 16, 32, 4, 4, 1)]
     return [_head_tile(16, 128, 64, 4, 4, 1), _head_tile(16, 32, 64, 4, 4, 1)]
 
 

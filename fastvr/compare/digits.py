@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +58,29 @@ def compare(
     share of the labels ``all`` and ``few`` with ``accuracy`` on the held-out digits, ``samples``, ``steps``,
     ``epochs``, ``seconds``, ``loss``.
     """
+    with _one_thread(device):
+        _compare(seconds, device, seed, found, step)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU: the models are too small for threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(
+    seconds: float,
+    device: torch.device,
+    seed: int,
+    found: dict[str, Any],
+    step: Callable[[float, str], None],
+) -> None:
     everything = data.load(seed=seed).to(device)
     parts = {"few": everything.fewer_labels(FEW), "all": everything}
     shares = {"few": _SHARE_OF_FEW / len(KINDS), "all": (1 - _SHARE_OF_FEW) / len(KINDS)}
