@@ -56,7 +56,14 @@ def _check(job: Job, device: torch.device) -> str:
 
     arguments = inputs.make(job.case, getattr(torch, job.dtype), device)
     with torch.no_grad():
-        report = check_op(forced, reference, arguments, backward=False, name=str(job.case))
+        report = check_op(
+            forced,
+            reference,
+            arguments,
+            backward=False,
+            name=str(job.case),
+            absolute_floor=inputs.absolute_floor(job.case),
+        )
         if device.type == "cuda":
             _repeatable(lambda: forced(**arguments))
     return report.verdict

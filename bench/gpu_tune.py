@@ -48,7 +48,7 @@ class _Gate:
     """Holds a call's result to the parity rule, on the batch's first and last samples."""
 
     def __init__(self, case: cases.Case, arguments: dict[str, Any], name: str) -> None:
-        self._name = name
+        self._name, self._floor = name, inputs.absolute_floor(case)
         function, batch = inputs.public(case.op), case["batch"]
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         ends = sorted({*range(min(_CHECKED, batch)), *range(max(batch - _CHECKED, 0), batch)})
@@ -62,7 +62,8 @@ class _Gate:
         return value[self._ends] if isinstance(value, Tensor) else value
 
     def check(self, actual: Tensor) -> None:
-        assert_parity(actual[self._ends], self._eager, self._truth, name=self._name)
+        few = actual[self._ends]
+        assert_parity(few, self._eager, self._truth, name=self._name, absolute_floor=self._floor)
 
 
 class Tuner:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend, tuning
+from fastvr.testing import GELU_TAIL
 
 _MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
 
@@ -173,6 +174,11 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
     meta: dict[str, Any] = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), arguments)
     return meta
+
+
+def absolute_floor(case: Case) -> float:
+    """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
+    return GELU_TAIL if case.op == "linear" and case.get("act") == "gelu" else 0.0
 
 
 class SchemaCalls(TorchDispatchMode):

@@ -65,3 +65,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def cast_or_none(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     return None if tensor is None else cast(tensor, dtype)
+
+
+def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """A vector of parameters as kernels read it, one element after the other; a copy only of a strided view."""
+    return None if vector is None else vector.contiguous()

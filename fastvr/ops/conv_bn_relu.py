@@ -188,11 +188,10 @@ def _kernel(
     launch_conv_bn_relu_fwd(
         x=x,
         weight=weight,
-        # dense already unless somebody hands in a strided view
-        bn_weight=None if bn_weight is None else bn_weight.contiguous(),
-        bn_bias=None if bn_bias is None else bn_bias.contiguous(),
-        running_mean=None if running_mean is None else running_mean.contiguous(),
-        running_var=None if running_var is None else running_var.contiguous(),
+        bn_weight=_check.dense(bn_weight),
+        bn_bias=_check.dense(bn_bias),
+        running_mean=_check.dense(running_mean),
+        running_var=_check.dense(running_var),
         residual=residual,
         y=y,
         stride=(stride[0], stride[1]),

@@ -87,7 +87,7 @@ def _kernel(
     launch_layer_norm_fwd(
         x=rows,
         weight=weight.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
+        bias=_check.dense(bias),
         y=y.view(rows.shape),
         eps=eps,
         config=config or default_config(rows.shape[1], backend.architecture(x.device)),

@@ -118,9 +118,9 @@ def _kernel(
     launch_linear_fwd(
         x=rows,
         weight=fc1_weight,
-        bias=fc1_bias,
+        bias=_check.dense(fc1_bias),
         ln_weight=ln_weight.contiguous(),
-        ln_bias=None if ln_bias is None else ln_bias.contiguous(),
+        ln_bias=_check.dense(ln_bias),
         gamma=None,
         residual=None,
         y=hidden,
@@ -135,8 +135,8 @@ def _kernel(
     launch_linear_fwd(
         x=hidden,
         weight=fc2_weight,
-        bias=fc2_bias,
-        gamma=gamma,
+        bias=_check.dense(fc2_bias),
+        gamma=_check.dense(gamma),
         residual=unit_rows(residual),
         y=y.view(-1, n),
         act="none",

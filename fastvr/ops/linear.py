@@ -108,8 +108,8 @@ def _kernel(
     launch_linear_fwd(
         x=rows,
         weight=weight,
-        bias=bias,
-        gamma=gamma,
+        bias=_check.dense(bias),
+        gamma=_check.dense(gamma),
         residual=unit_rows(residual),
         y=y.view(-1, n),
         act=act,

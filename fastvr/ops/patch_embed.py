@@ -108,7 +108,7 @@ def _kernel(
     launch_patch_embed_fwd(
         x=x,
         weight=weight,
-        bias=bias if bias is None else bias.contiguous(),
+        bias=_check.dense(bias),
         pos_embed=unit_rows(pos_embed),
         prefix_tokens=unit_rows(prefix_tokens),
         y=y,

@@ -185,7 +185,7 @@ def _avg_pool_linear_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
     launch_avg_pool_linear_fwd(
         x=x,
         weight=weight,
-        bias=None if bias is None else bias.contiguous(),
+        bias=_check.dense(bias),
         y=y,
         config=config or avg_pool_linear_default_config(b, n, weight.dtype, arch),
     )

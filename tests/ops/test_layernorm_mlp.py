@@ -97,6 +97,9 @@ def test_strided_rows(device):
     check(given, backward=False)
     given["x"], given["residual"] = given["x"][:, 0], given["residual"][:, 1]
     check(given, backward=False)
+    for name in ("ln_weight", "ln_bias", "fc1_bias", "fc2_bias", "gamma"):
+        given[name] = given[name].repeat_interleave(2)[::2]
+    check(given, backward=False)
 
 
 @pytest.mark.parametrize("rows", [(0, 5), (1, 1)], ids=str)

@@ -100,6 +100,11 @@ def test_layouts(device):
         residual = randn(130, *x.shape[:-1], device=device).movedim(0, -1)
         given = {"x": x, "weight": weight, "bias": bias, "residual": residual, "act": "none"}
         check(given, backward=False)
+    vectors = {
+        "bias": randn(260, device=device)[::2],
+        "gamma": randn(1, device=device).expand(130),
+    }
+    check({"x": whole, "weight": weight, "act": "none"} | vectors, backward=False)
     check({"x": whole, "weight": weight.t().contiguous().t(), "act": "none"}, backward=False)
     check({"x": whole, "weight": randn(96, 64, device=device)[::2], "act": "none"}, backward=False)
 
