@@ -51,7 +51,7 @@ def _flag(value: str, source: str) -> bool:
 
 
 class _State:
-    mode: Mode = _mode(os.environ.get("FASTVR_BACKEND", "auto"), "the environment variable FASTVR_BACKEND")
+    mode: Mode = _mode(os.environ.get("FASTVR_BACKEND") or "auto", "the environment variable FASTVR_BACKEND")
     strict: bool = _flag(os.environ.get("FASTVR_STRICT", ""), "the environment variable FASTVR_STRICT")
     assumed: str | None = None
 
@@ -197,6 +197,38 @@ def run_reference(op: str, reference: Callable[..., Any], args: Sequence[Any]) -
     return reference(*args)
 
 
+def kernel_runs(
+    op: str,
+    args: Sequence[Any],
+    device: torch.device,
+    *,
+    unsupported: Callable[..., str | None],
+    measured: Callable[..., str],
+) -> bool:
+    """Whether the mode, the device, the arguments and the table lead to the Triton kernel, or to PyTorch.
+
+    ``unsupported(*args)`` gives the reason why the kernel cannot take these arguments, or None;
+    ``measured(*args)`` what to run where it can: ``"triton"`` or ``"reference"``.
+
+    Raises:
+        BackendError: PyTorch would have to do what was asked of the kernel.
+    """
+    if _state.mode == "reference":
+        return False
+    missing = unavailable(device)
+    reason = missing or unsupported(*args)
+    forced = _state.mode == "triton"
+    if reason is not None:
+        if forced or (_state.strict and missing is None):
+            raise BackendError(f"fastvr.{op}: no Triton kernel runs here: {reason}")
+        _log_once(op, reason)
+        return False
+    return forced or (
+        # the interpreter checks kernels, nobody would wait for it
+        device.type != "cpu" and (op, architecture(device)) not in _failed and measured(*args) == "triton"
+    )
+
+
 def run(
     op: str,
     args: Sequence[Any],
@@ -207,26 +239,10 @@ def run(
     unsupported: Callable[..., str | None],
     measured: Callable[..., str],
 ) -> Any:
-    """Run one op by the implementation that the mode, the device, the arguments and the table lead to.
-
-    ``unsupported(*args)`` gives the reason why the kernel cannot take these arguments, or None;
-    ``measured(*args)`` what to run where it can: ``"triton"`` or ``"reference"``.
-    """
-    if _state.mode == "reference":
+    """Run one op by what :func:`kernel_runs` says, and by PyTorch from the first kernel on that fails."""
+    if not kernel_runs(op, args, device, unsupported=unsupported, measured=measured):
         return run_reference(op, reference, args)
-    reason = unavailable(device) or unsupported(*args)
-    forced = _state.mode == "triton"
-    if reason is not None:
-        if forced or (_state.strict and unavailable(device) is None):
-            raise BackendError(f"fastvr.{op}: no Triton kernel runs here: {reason}")
-        _log_once(op, reason)
-        return run_reference(op, reference, args)
-    if not forced:
-        if (op, architecture(device)) in _failed or measured(*args) == "reference":
-            return run_reference(op, reference, args)
-        if device.type == "cpu":
-            return run_reference(op, reference, args)
-    if forced or _state.strict:
+    if _state.mode == "triton" or _state.strict:
         result = kernel(*args)
     else:
         try:

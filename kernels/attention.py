@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import dot_precision, launch
+from fastvr.kernels.common import ceil_div, dot_precision, launch
 
 TAIL = 16  # the smallest inner dimension of a 16-bit tensor-core product
 
@@ -172,7 +172,7 @@ def launch_attention_fwd(
 ) -> None:
     B, N, width = y.shape
     head_dim = width // num_heads
-    grid = (B * num_heads * triton.cdiv(N, config["BLOCK_M"]),)
+    grid = (B * num_heads * ceil_div(N, config["BLOCK_M"]),)
     arguments: dict[str, Any] = {
         "qkv_ptr": qkv,
         "y_ptr": y,

@@ -47,11 +47,20 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
         _recorders.pop()
 
 
+def ceil_div(x: int, y: int) -> int:
+    # triton.cdiv is made for kernels: on the host it takes microseconds, at every launch
+    return -(-x // y)
+
+
 def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:
     """``input_precision`` of a ``tl.dot``: TF32 only where PyTorch's own switch for the op asks for it."""
-    switch = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
+    if dtype != torch.float32:
+        return "ieee"
+    # not by allow_tf32, which raises once somebody has used the newer switches
+    backends: Any = torch.backends
+    switch = backends.cudnn.conv if convolution else backends.cuda.matmul
     # the switches say nothing about a CPU, where the interpreter runs beside PyTorch's full float32
-    return "tf32" if dtype == torch.float32 and switch.allow_tf32 and not interpreting() else "ieee"
+    return "tf32" if switch.fp32_precision == "tf32" and not interpreting() else "ieee"
 
 
 @triton.jit

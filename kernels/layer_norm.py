@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import launch
+from fastvr.kernels.common import ceil_div, launch
 from fastvr.kernels.linear import row_moments
 
 # the longest row that is held in registers: 32 floats a thread at 8 warps
@@ -116,7 +116,7 @@ def launch_layer_norm_fwd(
     M, N = x.shape
     launch(
         _layer_norm_fwd_kernel if config["BLOCK_N"] >= N else _layer_norm_fwd_long_kernel,
-        (triton.cdiv(M, config["BLOCK_M"]),),
+        (ceil_div(M, config["BLOCK_M"]),),
         config,
         x_ptr=x,
         weight_ptr=weight,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import activate, dot_precision, launch, swizzle
+from fastvr.kernels.common import activate, ceil_div, dot_precision, launch, swizzle
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def candidate_configs(
             _tile(64, 64, 32, 4, 2),
             _tile(64, 64, 16, 8, 2),
             _tile(32, 64, 16, 4, 2),
-            _tile(16, 64, 32, 4, 2),
+            _tile(16, 64, 16, 4, 2),
         ]
     if arch.startswith("gfx"):
         stages, thin_k = 2, 64
@@ -169,7 +169,7 @@ def default_config(
     if m <= 32:
         return tiles[-1]
     for tile in tiles[:-1]:
-        if -(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]) >= 256:
+        if ceil_div(m, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]) >= 256:
             return tile
     return tiles[-2] if len(tiles) > 2 else tiles[0]
 
@@ -190,7 +190,7 @@ def launch_linear_fwd(
 ) -> None:
     M, K = x.shape
     N = weight.shape[0]
-    grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
+    grid = (ceil_div(M, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"]),)
     arguments: dict[str, Any] = {
         "x_ptr": x,
         "weight_ptr": weight,

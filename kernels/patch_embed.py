@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import dot_precision, launch, swizzle
+from fastvr.kernels.common import ceil_div, dot_precision, launch, swizzle
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -133,7 +133,7 @@ def default_config(m: int, d: int, dtype: torch.dtype, arch: str) -> dict[str, i
     """The largest tile that still makes two waves' worth of programs on a large GPU."""
     tiles = candidate_configs(dtype, arch)
     for tile in tiles:
-        if -(-m // tile["BLOCK_M"]) * -(-d // tile["BLOCK_N"]) >= 256:
+        if ceil_div(m, tile["BLOCK_M"]) * ceil_div(d, tile["BLOCK_N"]) >= 256:
             return tile
     return tiles[0] if arch == "interpreter" else tiles[-1]
 
@@ -150,7 +150,7 @@ def launch_patch_embed_fwd(
 ) -> None:
     B, T, D = y.shape
     _, channels, patch_h, patch_w = weight.shape
-    grid = (triton.cdiv(B * T, config["BLOCK_M"]) * triton.cdiv(D, config["BLOCK_N"]),)
+    grid = (ceil_div(B * T, config["BLOCK_M"]) * ceil_div(D, config["BLOCK_N"]),)
     arguments: dict[str, Any] = {
         "x_ptr": x,
         "weight_ptr": weight,

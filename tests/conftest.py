@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ if DEVICE == "cpu":
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite on a CPU takes every core, unless the command line says otherwise."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker's own configuration comes through here too
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and DEVICE == "cpu" and config.pluginmanager.hasplugin("xdist"):
         options = config.option
@@ -41,3 +44,10 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    """PyTorch lets convolutions use TF32 unless told otherwise, each algorithm of cuDNN's as it likes."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield

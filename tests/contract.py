@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fastvr.backend import use_backend
@@ -48,6 +49,19 @@ def assert_batch_invariant(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.
         # sample lies in the same place
         for i in (0, len(x) - 1) if x.is_cuda else (0,):
             assert torch.equal(whole[i : i + 1], fn(x[i : i + 1]))
+
+
+def assert_order_does_not_matter(fn: Callable[[], torch.Tensor]) -> None:
+    """The same bits whatever order programs run in; the caller forces a configuration that makes several."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs programs in its own order")
+    from fastvr.testing import interpreter
+
+    with triton_forced():
+        expected = fn()
+        for seed in range(2):
+            with interpreter.shuffle(seed):
+                assert torch.equal(fn(), expected)
 
 
 def assert_compiles(fn: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:

@@ -56,8 +56,12 @@ def check_writable(path: Path | None) -> None:
         raise UsageError(f"--json {path}: is a directory")
     if not path.parent.is_dir():
         raise UsageError(f"--json {path}: the directory {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--json {path}: the directory {path.parent} is not writable")
+    try:
+        # by trying: os.access says yes to root, also where the file system says no
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--json {path}: the directory {path.parent} is not writable") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

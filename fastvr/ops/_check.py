@@ -68,5 +68,5 @@ def cast_or_none(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tenso
 
 
 def dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    """A vector of parameters as kernels read it, one element after the other; a copy only of a strided view."""
+    """A vector of parameters as kernels read it, element after element; copies only a strided view."""
     return None if vector is None else vector.contiguous()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
@@ -82,15 +83,23 @@ class Op:
     def __call__(self, *args: Any) -> torch.Tensor:
         """``args`` are the schema's, positional; the first is a tensor and gives the device.
 
-        Where PyTorch runs anyhow it is called directly, so that autograd keeps what it needs instead of
-        computing the forward pass twice, and ``torch.compile`` can fuse it.
+        Where PyTorch runs anyhow it is called directly: autograd keeps what it needs instead of computing the
+        forward pass twice, the dispatcher costs nothing, and ``torch.compile`` can fuse it.
         """
         device = args[0].device
-        if not backend.kernels_possible(device):
-            if torch.compiler.is_compiling():
-                return self.reference(*args)
+        possible = backend.kernels_possible(device)
+        # sizes may be symbols there, and a fake tensor's GPU may not exist: neither can be looked up
+        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
+            return self.overload(*args) if possible else self.reference(*args)
+        # in the mode "triton" the operator itself says what is wrong
+        if not possible or (backend.current_backend() == "auto" and not self._kernel_runs(args, device)):
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         return self.overload(*args)  # type: ignore[no-any-return]
+
+    def _kernel_runs(self, args: tuple[Any, ...], device: torch.device) -> bool:
+        return backend.kernel_runs(
+            self.name, args, device, unsupported=self.unsupported, measured=self.measured
+        )
 
     def _forward(self, *args: Any) -> torch.Tensor:
         device = args[0].device

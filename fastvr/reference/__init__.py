@@ -1,1 +1,1 @@
-"""What each op means, in plain PyTorch and einops: the truth in float64, eager in every other dtype."""
+"""What each op means, in plain PyTorch: the truth in float64, eager in every other dtype."""

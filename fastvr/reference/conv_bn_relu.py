@@ -12,12 +12,13 @@ ACTIVATIONS = ("none", "relu")
 
 
 def _one_dtype(y: torch.Tensor, *vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The vectors as F.batch_norm takes them beside y: all in one dtype, y's own or a wider one."""
+    """The vectors as F.batch_norm takes them beside y: all in one dtype, y's own or a wider one, and dense,
+    since its backward on a CPU reads past strided ones where y is channels_last."""
     dtypes = {v.dtype for v in vectors if v is not None}
     if len(dtypes) == 1 and y.dtype != torch.float64:
-        return list(vectors)
+        return [None if v is None else v.contiguous() for v in vectors]
     dtype = functools.reduce(torch.promote_types, dtypes, y.dtype)
-    return [None if v is None else v.to(dtype) for v in vectors]
+    return [None if v is None else v.to(dtype).contiguous() for v in vectors]
 
 
 def conv_bn_relu(

@@ -28,7 +28,8 @@ def _double(value: Any) -> Any:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # contiguous() would leave a single element its stride, and a stride forbids the view
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _named_tensors(tree: Any) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def check_op(
     actual_grads: dict[str, Any] = {}
     with guarded():
         placed = pytree.tree_map_only(Tensor, guarded_like, dict(inputs))
-        before = {path: _bytes(t).clone() for path, t in _named_tensors(placed).items()}
+        before = {path: _bytes(t) for path, t in _named_tensors(placed).items()}
         actual = fn(**placed)
         if backward:
             # Detached or missing gradients would leave nothing to compare.

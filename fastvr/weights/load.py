@@ -132,17 +132,23 @@ def _shapes(
     ]
     if problems[10:]:
         problems[10:] = [f"shapes of {len(problems) - 10} more"]
-    if heads := [name for name in _HEADS if name in wrong and known[name].dim()]:
+    # of a model of another width the number of classes, or of positions, may well be right
+    if heads := [name for name in _HEADS if name in wrong and _differ(known[name], target[name], 0)]:
         classes = known[heads[0]].shape[0]
         problems.append(
             f"the checkpoint has {classes} classes: construct the model with num_classes={classes}, load, "
             "then reset_classifier to your own number"
         )
-    if "pos_embed" in wrong:
+    if "pos_embed" in wrong and _differ(known["pos_embed"], target["pos_embed"], 1):
         problems.append(
             "the checkpoint has other positions: construct the model with its img_size, patch_size and tokens"
         )
     return problems
+
+
+def _differ(tensor: torch.Tensor, target: torch.Tensor, dim: int) -> bool:
+    """Whether both have dimension ``dim``, of different sizes."""
+    return min(tensor.dim(), target.dim()) > dim and tensor.shape[dim] != target.shape[dim]
 
 
 def _values(

@@ -49,8 +49,8 @@ def test_vit_names_a_wrong_size(tiny_vit, images) -> None:
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_empty_batch_and_one_sample(kind, mode, tiny, images) -> None:
-    model, x = tiny(kind), images(3)
+def test_empty_batch_and_one_sample(kind, mode, tiny, images, device) -> None:
+    model, x = tiny(kind).to(device), images(3).to(device)
     with torch.no_grad(), fastvr.use_backend(mode):
         assert model(x[:0]).shape == (0, 10)
         one = model(x[:1])
@@ -70,9 +70,9 @@ def test_nan_in_one_sample_stays_there(kind, tiny, images, device) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_channels_last_and_strided_images(kind, tiny, images) -> None:
-    model, x = tiny(kind), images()
-    wide = torch.randn(2, 3, 40, 64)
+def test_channels_last_and_strided_images(kind, tiny, images, device) -> None:
+    model, x = tiny(kind).to(device), images().to(device)
+    wide = torch.randn(2, 3, 40, 64, device=device)
     wide[:, :, 4:36, ::2] = x
     with torch.no_grad():
         eager, exact = model(x), truth_model(model)(x.double())
@@ -91,8 +91,8 @@ def test_float64(kind, tiny, images) -> None:
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hooks_see_every_module_and_change_no_number(kind, mode, tiny, images) -> None:
-    model, hooked, x = tiny(kind), tiny(kind), images()
+def test_hooks_see_every_module_and_change_no_number(kind, mode, tiny, images, device) -> None:
+    model, hooked, x = tiny(kind).to(device), tiny(kind).to(device), images().to(device)
     seen: set[str] = set()
     for name, module in hooked.named_modules():
         module.register_forward_hook(lambda *_, name=name: seen.add(name))

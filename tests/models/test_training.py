@@ -99,12 +99,12 @@ def test_frozen_batch_norm_in_training(tiny_resnet, images) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_only_what_is_asked_for_gets_a_gradient(tiny, images) -> None:
+def test_only_what_is_asked_for_gets_a_gradient(tiny, images, device) -> None:
     for kind in ("vit", "bottleneck"):
-        model = tiny(kind).requires_grad_(False)
+        model = tiny(kind).to(device).requires_grad_(False)
         model.get_classifier().requires_grad_(True)
         with fastvr.use_backend("triton"):
-            model(images()).square().mean().backward()
+            model(images().to(device)).square().mean().backward()
         got = {name for name, p in model.named_parameters() if p.grad is not None}
         assert got == {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -175,16 +175,15 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     assert abs(float(y[:, 0, 0].mean()) - 1) < 5 * math.sqrt(0.25 / 0.75 / 4000)
 
 
-def test_autocast_is_eagers(tiny, tiny_timm, images) -> None:
-    theirs = tiny_timm()
-    ours = tiny("vit")
+def test_autocast_is_eagers(tiny, tiny_timm, images, device) -> None:
+    theirs, ours, x = tiny_timm().to(device), tiny("vit").to(device), images().to(device)
     ours.load_state_dict(theirs.state_dict())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        actual, eager = ours(images()), theirs(images())
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        actual, eager = ours(x), theirs(x)
         assert actual.dtype == eager.dtype == torch.bfloat16
         with fastvr.use_backend("triton"):
-            kernels = ours(images())
+            kernels = ours(x)
     with torch.no_grad():
-        exact = truth_model(theirs)(images().double())
+        exact = truth_model(theirs)(x.double())
     assert_parity(actual, eager, exact)
     assert_parity(kernels, eager, exact)

@@ -8,6 +8,7 @@ from contract import (
     assert_batch_invariant,
     assert_compiles,
     assert_nan_stays_in_its_sample,
+    assert_order_does_not_matter,
     randn,
     triton_forced,
 )
@@ -166,6 +167,12 @@ def test_a_sample_does_not_depend_on_its_batch(dtype, device):
     config = kernels.candidate_configs(dtype, "sm_90")[-1]
     with tuning.force_config("linear", config):
         assert_batch_invariant(lambda x: linear(x, weight, act="relu"), x)
+
+
+def test_the_order_of_programs_does_not_matter(device):
+    x, weight = randn(90, 48, device=device), randn(130, 48, device=device)
+    with tuning.force_config("linear", kernels.candidate_configs(torch.float32, "sm_90")[-1]):
+        assert_order_does_not_matter(lambda: linear(x, weight, act="gelu"))
 
 
 def test_compiles_and_exports(device):

@@ -290,6 +290,11 @@ def test_check_op_compares_forward_and_backward():
     assert check_op(_scale, lambda x, w: x * w, _inputs(), backward=False).tensors == 1
 
 
+def test_check_op_takes_a_single_strided_element():
+    inputs = {"x": torch.ones(2, 1)[::2], "w": torch.ones(2)[::2]}
+    assert check_op(lambda x, w: x * w, lambda x, w: x * w, inputs, backward=False).passed
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
