@@ -20,6 +20,7 @@ import functools
 import importlib.util
 import logging
 import os
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -186,10 +187,11 @@ def observe() -> Iterator[collections.Counter[tuple[str, str]]]:
 
 
 def _kernel_errors() -> tuple[type[BaseException], ...]:
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    """What compiling and loading a kernel may raise. A pass of Triton's compiler that fails, or a missing C
+    compiler, is a plain RuntimeError; a cache that cannot be written an OSError."""
+    from triton.errors import TritonError
 
-    return CompilationError, OutOfResources, PTXASError
+    return TritonError, subprocess.CalledProcessError, RuntimeError, OSError
 
 
 def run_reference(op: str, reference: Callable[..., Any], args: Sequence[Any]) -> Any:
@@ -247,6 +249,8 @@ def run(
     else:
         try:
             result = kernel(*args)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # the GPU's, not the kernel's: PyTorch would meet it too
         except _kernel_errors() as error:
             _failed.add((op, architecture(device)))
             warnings.warn(

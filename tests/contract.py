@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fastvr.backend import use_backend
+from fastvr.testing import assert_parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRID = SimpleNamespace(
@@ -62,6 +64,19 @@ def assert_order_does_not_matter(fn: Callable[[], torch.Tensor]) -> None:
         for seed in range(2):
             with interpreter.shuffle(seed):
                 assert torch.equal(fn(), expected)
+
+
+def assert_autocast(
+    op: Callable[..., torch.Tensor], eager: Callable[..., torch.Tensor], **given: Any
+) -> None:
+    """Under autocast to bfloat16 the kernel gives eager's dtype, within the parity rule of eager's result."""
+    device = next(value.device for value in given.values() if isinstance(value, torch.Tensor))
+    exact = {name: t.double() if isinstance(t, torch.Tensor) else t for name, t in given.items()}
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        expected = eager(**given)
+        with triton_forced():
+            actual = op(**given)
+    assert_parity(actual, expected, eager(**exact), name="under autocast")
 
 
 def assert_compiles(fn: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:

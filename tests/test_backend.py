@@ -46,6 +46,7 @@ def test_an_unknown_mode_is_named():
     [
         ({"FASTVR_BACKEND": "reference"}, "reference False"),
         ({"FASTVR_STRICT": "1"}, "auto True"),
+        ({"FASTVR_BACKEND": "", "FASTVR_STRICT": ""}, "auto False"),
         ({"FASTVR_BACKEND": "fast"}, "FASTVR_BACKEND must be one of auto, triton, reference; got 'fast'"),
         ({"FASTVR_STRICT": "maybe"}, "FASTVR_STRICT must be 0 or 1; got 'maybe'"),
     ],
@@ -126,6 +127,25 @@ def _run(kernel):
     )
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("Failed to find C compiler"),
+        RuntimeError("PassManager::run failed"),
+        OSError("No space left on device"),
+        subprocess.CalledProcessError(1, "gcc"),
+    ],
+)
+def test_whatever_keeps_a_kernel_from_being_built_leaves_pytorch(fault, on_sm_90, monkeypatch):
+    monkeypatch.setattr(backend, "_failed", set())
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise fault
+
+    with pytest.warns(RuntimeWarning, match=r"fastvr\.an_op: the Triton kernel failed on sm_90"):
+        assert _run(broken).shape == (4, 8)
+
+
 def test_a_kernel_that_fails_is_replaced_once_with_a_warning(on_sm_90, monkeypatch):
     monkeypatch.setattr(backend, "_failed", set())
     with pytest.warns(RuntimeWarning, match=r"fastvr\.an_op: the Triton kernel failed on sm_90 .*OutOfRes"):
@@ -143,13 +163,14 @@ def test_strict_raises_what_the_kernel_raised(on_sm_90, monkeypatch):
         _run(_failing)
 
 
-def test_out_of_memory_is_never_swallowed(on_sm_90, monkeypatch):
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_the_gpu_raises_is_never_swallowed(fault, on_sm_90, monkeypatch):
     monkeypatch.setattr(backend, "_failed", set())
 
     def full(x: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("no room")
+        raise fault("no room")
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(fault):
         _run(full)
     assert not backend._failed
 

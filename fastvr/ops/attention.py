@@ -42,7 +42,8 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
         )
     if scale is None:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    # not math.isfinite: torch.compile(dynamic=True) makes a symbol of the scale, and cannot trace that
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"attention: scale must be a finite number or None; got {scale!r}")
     if (dtype := _check.autocast_dtype(qkv.device)) is not None:
         qkv = _check.cast(qkv, dtype)

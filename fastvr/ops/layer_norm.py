@@ -26,7 +26,8 @@ def layer_norm(
         weight: [features], x's dtype or float32.
         bias: [features], weight's dtype.
         eps: added to the variance.
-        out_dtype: the result's dtype; default x's, and float32 under autocast, as PyTorch has it.
+        out_dtype: the result's dtype; default x's, and float32 under autocast on a GPU, as
+            PyTorch has it.
 
     Returns:
         [..., features].
@@ -35,7 +36,8 @@ def layer_norm(
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    if out_dtype is None and _check.autocast_dtype(x.device) is not None and x.dtype != torch.float64:
+    # autocast leaves LayerNorm alone on a CPU
+    if out_dtype is None and x.is_cuda and _check.autocast_dtype(x.device) and x.dtype != torch.float64:
         out_dtype = torch.float32
     return LAYER_NORM(x, weight, bias, float(eps), out_dtype)
 

@@ -68,7 +68,9 @@ def result_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x as [rows, features]: a view where its strides allow (a batch's class tokens do), else a copy."""
-    return x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    # kernels step along the features in 32 bits
+    return rows if rows.shape[-1] * rows.stride(-1) < 2**31 else rows.contiguous()
 
 
 def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:

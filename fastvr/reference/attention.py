@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 
 def attention(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
-    batch, n, width = qkv.shape
-    head_dim = width // (3 * num_heads)
-    q, k, v = qkv.reshape(batch, n, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=num_heads).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return y.transpose(1, 2).reshape(batch, n, num_heads * head_dim)
+    return rearrange(y, "b h n d -> b n (h d)")

@@ -5,6 +5,7 @@ import torch
 from contract import (
     DTYPES,
     GRID,
+    assert_autocast,
     assert_batch_invariant,
     assert_compiles,
     assert_nan_stays_in_its_sample,
@@ -189,15 +190,10 @@ def test_compiles_and_exports(device):
         torch.library.opcheck(LINEAR.overload, (tensors[0], tensors[1], None, None, None, "none"))
 
 
-def test_autocast_gives_the_dtypes_of_eager(device):
-    x, weight = randn(2, 5, 24, device=device), randn(16, 24, device=device)
-    for residual in (None, randn(2, 5, 16, device=device)):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            eager = reference(x, weight, None, None, residual)
-            with triton_forced():
-                ours = linear(x, weight, residual=residual)
-        assert ours.dtype == eager.dtype
-        torch.testing.assert_close(ours, eager, atol=0.1, rtol=0.02)
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_autocast_is_eagers(with_residual, device):
+    given = inputs((4, 40), 24, 16, torch.float32, device, gamma=False, residual=with_residual)
+    assert_autocast(linear, reference, **given)
 
 
 def test_only_the_gradients_asked_for(device):

@@ -5,6 +5,7 @@ import torch
 from contract import (
     DTYPES,
     GRID,
+    assert_autocast,
     assert_batch_invariant,
     assert_compiles,
     assert_nan_stays_in_its_sample,
@@ -220,14 +221,9 @@ def test_compiles_and_exports(device):
 @pytest.mark.parametrize(
     ("prefix", "missing"), [(1, ()), (1, ("pos_embed",)), (0, ()), (0, ("pos_embed",)), (1, ("bias",))]
 )
-def test_autocast_gives_the_dtypes_of_eager(prefix, missing, device):
-    given = inputs((2, 3, 16, 16), 24, 8, torch.float32, device, prefix=prefix, missing=missing)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        eager = reference(**given)
-        with triton_forced():
-            ours = patch_embed(**given)
-    assert ours.dtype == eager.dtype
-    torch.testing.assert_close(ours, eager, atol=0.1, rtol=0.02)
+def test_autocast_is_eagers(prefix, missing, device):
+    given = inputs((2, 3, 32, 32), 24, 8, torch.float32, device, prefix=prefix, missing=missing)
+    assert_autocast(patch_embed, reference, **given)
 
 
 @pytest.mark.parametrize(

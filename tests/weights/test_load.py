@@ -233,6 +233,12 @@ def test_another_number_of_classes_says_what_to_do(unchanged) -> None:
         check()
 
 
+def test_another_width_is_not_taken_for_other_classes_or_positions() -> None:
+    with pytest.raises(fastvr.CheckpointError, match=r"shape of head\.weight") as raised:
+        fastvr.load_checkpoint(vit(), plain(vit(embed_dim=64)))
+    assert "construct the model" not in str(raised.value)
+
+
 def test_what_overflows_in_the_models_dtype_is_named(unchanged) -> None:
     model = vit().half()
     check = unchanged(model)
