@@ -176,5 +176,7 @@ class _Graph:
         return y
 
 
-def _context(device: torch.device) -> tuple[str, torch.dtype | None]:
-    return backend.current_backend(), _check.autocast_dtype(device)
+def _context(device: torch.device) -> tuple[object, ...]:
+    """What decides, beside the weights, which launches a forward pass makes."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    return backend.current_backend(), _check.autocast_dtype(device), tf32
