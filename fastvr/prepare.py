@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -178,5 +179,6 @@ class _Graph:
 
 def _context(device: torch.device) -> tuple[object, ...]:
     """What decides, beside the weights, which launches a forward pass makes."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    backends: Any = torch.backends  # its stubs lack the newer switches
+    tf32 = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
     return backend.current_backend(), _check.autocast_dtype(device), tf32
