@@ -68,11 +68,9 @@ def compare(
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your photographs; scikit-learn's two without.")
     ] = None,
-    vit_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A timm or torchvision checkpoint of ViT-B/16.")
-    ] = None,
-    resnet_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A torchvision or timm checkpoint of ResNet-50.")
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A timm or torchvision checkpoint; once for each model."),
     ] = None,
     batch: Annotated[str | None, typer.Option(metavar="N,N,...", help="Batch sizes, besides 1.")] = None,
     dtype: Annotated[
@@ -104,7 +102,7 @@ def compare(
         train_seconds = 12.0
     settings = Settings(
         images=images,
-        weights=(vit_weights, resnet_weights),
+        weights=tuple(weights or ()),
         batches=_batches(batch),
         dtype=dtype,
         device=device,

@@ -50,7 +50,7 @@ def test_without_typer_one_line_says_what_to_install(
         (["--train-seconds", "nan"], "--train-seconds must be"),
         (["--images", "no/such/directory"], "no such directory"),
         (["--json", "no/such/directory/out.json"], "does not exist"),
-        (["--vit-weights", "no-such-file.safetensors"], "no-such-file.safetensors"),
+        (["--weights", "no-such-file.safetensors"], "no-such-file.safetensors"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(args: list[str], words: str) -> None:

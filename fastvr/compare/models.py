@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Family:
     peer: Callable[[int], nn.Module | None]  # the same from the library that people use now, if installed
     peer_name: str
     preprocessing: Preprocessing
+    marks: tuple[str, ...]  # weights that only checkpoints of this family have
     memory_format: torch.memory_format = torch.contiguous_format
 
     def input(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -62,6 +63,7 @@ FAMILIES = (
         peer=_timm_vit,
         peer_name="timm",
         preprocessing=Preprocessing(224, 248, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), bicubic=True),
+        marks=("patch_embed.proj.weight", "conv_proj.weight"),
     ),
     Family(
         key="resnet50",
@@ -70,6 +72,7 @@ FAMILIES = (
         peer=_torchvision_resnet,
         peer_name="torchvision",
         preprocessing=Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), bicubic=False),
+        marks=("layer1.0.conv1.weight",),
         memory_format=torch.channels_last,
     ),
 )
@@ -86,6 +89,28 @@ class InPyTorch(nn.Module):
         with use_backend("reference"):
             logits: Tensor = self.model(x)
         return logits
+
+
+def by_family(paths: Sequence[Path], families: Sequence[Family]) -> dict[str, Path]:
+    """Which model each checkpoint is for, by the names of its weights.
+
+    Raises:
+        UsageError: a file is missing, damaged, for none of the families, or the second for one.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        try:
+            names = set(unwrap(read_file(path), str(path)))
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--weights: {' '.join(str(error).split())}") from None
+        key = next((family.key for family in families if names & set(family.marks)), None)
+        if key is None:
+            titles = " nor ".join(family.title for family in families)
+            raise UsageError(f"--weights: {path} is a checkpoint of neither {titles}")
+        if key in found:
+            raise UsageError(f"--weights: {found[key]} and {path} are for the same model")
+        found[key] = path
+    return found
 
 
 def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: int) -> ViT | ResNet:

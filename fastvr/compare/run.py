@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fastvr
 from fastvr import backend, doctor
 from fastvr.compare import digits, interpreted, measure, parity, photos, traffic
-from fastvr.compare.models import FAMILIES, Family, InPyTorch, build, eager
+from fastvr.compare.models import FAMILIES, Family, InPyTorch, build, by_family, eager
 from fastvr.compare.progress import Reporter, Step
 from fastvr.compare.settings import DTYPES, Settings, check_writable, device_for, write_json
 from fastvr.models.resnet import ResNet
@@ -57,6 +57,7 @@ class Comparison:
         if settings.quick and settings.batches is None:
             self._batches = [1, 64] if gpu else [1, 4]
         check_writable(settings.json)
+        self._weights = by_family(settings.weights, families)
         self._photographs = photos.load(settings.images)
         self._models: dict[str, ViT | ResNet] = {}
         self._eager: dict[str, tuple[nn.Module, str]] = {}
@@ -117,7 +118,8 @@ class Comparison:
         )
 
     def _build(self, step: Step) -> None:
-        for done, (family, weights) in enumerate(zip(self._families, self._settings.weights, strict=True)):
+        for done, family in enumerate(self._families):
+            weights = self._weights.get(family.key)
             step(done / len(self._families), family.title)
             sample = self._photographs.batch(8, family.preprocessing, seed=self._settings.seed)
             model = build(family, weights, sample, seed=self._settings.seed)

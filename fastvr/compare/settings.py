@@ -21,7 +21,7 @@ class Settings:
     """What the command line asks for. None: as suits the machine."""
 
     images: Path | None = None
-    weights: tuple[Path | None, Path | None] = (None, None)  # in the order of the families
+    weights: tuple[Path, ...] = ()  # at most one a family, in any order
     batches: tuple[int, ...] | None = None
     dtype: str | None = None
     device: str | None = None

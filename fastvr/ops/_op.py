@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
@@ -94,6 +95,11 @@ class Op:
         # in the mode "triton" the operator itself says what is wrong
         if not possible or (backend.current_backend() == "auto" and not self._kernel_runs(args, device)):
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
+        if forward_ad._current_level >= 0:
+            # the dispatcher would drop the tangents without a word
+            raise NotImplementedError(
+                f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has"
+            )
         return self.overload(*args)  # type: ignore[no-any-return]
 
     def _kernel_runs(self, args: tuple[Any, ...], device: torch.device) -> bool:

@@ -25,6 +25,7 @@ def tiny_families() -> tuple[models.Family, models.Family]:
             peer=lambda num_classes: None,
             peer_name="",
             preprocessing=Preprocessing(32, 40, HALF, HALF, bicubic=True),
+            marks=("patch_embed.proj.weight",),
         ),
         models.Family(
             key="resnet",
@@ -33,6 +34,7 @@ def tiny_families() -> tuple[models.Family, models.Family]:
             peer=lambda num_classes: None,
             peer_name="",
             preprocessing=Preprocessing(32, 40, HALF, HALF, bicubic=False),
+            marks=("layer1.0.conv1.weight",),
             memory_format=torch.channels_last,
         ),
     )

@@ -206,6 +206,15 @@ def test_only_the_gradients_asked_for(device):
         assert not linear(x, weight.detach()).requires_grad
 
 
+def test_forward_mode_is_refused_by_name(device):
+    x, weight = randn(4, 8, device=device), randn(6, 8, device=device)
+    with triton_forced(), pytest.raises(NotImplementedError, match="linear has no forward-mode derivative"):
+        torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
+    with backend.use_backend("reference"):
+        _, tangent = torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
+    assert torch.equal(tangent, reference(x, weight))
+
+
 def test_second_derivative_is_refused_by_name(device):
     x = randn(4, 8, device=device, requires_grad=True)
     with triton_forced():
