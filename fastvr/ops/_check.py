@@ -43,10 +43,10 @@ def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def kernel_dtypes(*tensors: torch.Tensor | None) -> str | None:
-    """The reason why kernels cannot take these dtypes, or None."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+def kernel_dtypes(*arguments: object) -> str | None:
+    """The reason why kernels cannot take the tensors among ``arguments``, or None."""
+    for tensor in arguments:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in KERNEL_DTYPES:
             return f"dtype {tensor.dtype}; kernels take float32, float16 and bfloat16"
     return None
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
+
+_Arguments = TypeVar("_Arguments")
+_Result = TypeVar("_Result")
 
 OPS: dict[str, Op] = {}
 
@@ -33,19 +36,28 @@ class Cost:
     bytes: int
 
 
+def nbytes(arguments: Iterable[object]) -> int:
+    """Bytes of the tensors among ``arguments``, each touched once."""
+    return sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
+
+
 class Op:
     """One operator.
 
     Args:
         name: what it is called everywhere: ``fastvr.ops.<name>``, ``torch.ops.fastvr.<name>``.
         parameters: the parameters of its ``torch.library`` schema, without defaults; one result, a Tensor.
-        kernel: takes the schema's arguments, allocates with :func:`fastvr.backend.empty`, launches Triton
-            kernels, returns the result. Imports ``fastvr.kernels`` itself: Triton may not be there.
-        reference: takes the same arguments; plain PyTorch, differentiable, right in every floating dtype.
-        fake: takes the same arguments and returns an empty result of the right shape, dtype and strides.
+        arguments: a NamedTuple of the schema's arguments, in order; what follows takes one, except
+            ``reference``, which takes them one by one.
+        kernel: allocates with :func:`fastvr.backend.empty`, launches Triton kernels, returns the result.
+            Imports ``fastvr.kernels`` itself: Triton may not be there.
+        reference: plain PyTorch, differentiable, right in every floating dtype.
+        fake: returns an empty result of the right shape, dtype and strides.
         unsupported: the reason why the kernel cannot take these arguments, or None.
         measured: "triton" or "reference", what to run on a GPU where the kernel could (`tuning.py`).
-        cost: takes the same arguments; FLOPs and bytes.
+        cost: FLOPs and bytes.
+
+    As attributes all of them take the schema's arguments one by one.
     """
 
     def __init__(
@@ -53,25 +65,29 @@ class Op:
         name: str,
         parameters: str,
         *,
-        kernel: Callable[..., torch.Tensor],
+        arguments: Callable[..., _Arguments],
+        kernel: Callable[[_Arguments], torch.Tensor],
         reference: Callable[..., torch.Tensor],
-        fake: Callable[..., torch.Tensor],
-        unsupported: Callable[..., str | None],
-        measured: Callable[..., str],
-        cost: Callable[..., Cost],
+        fake: Callable[[_Arguments], torch.Tensor],
+        unsupported: Callable[[_Arguments], str | None],
+        measured: Callable[[_Arguments], str],
+        cost: Callable[[_Arguments], Cost],
     ) -> None:
+        def spread(function: Callable[[_Arguments], _Result]) -> Callable[..., _Result]:
+            return lambda *args: function(arguments(*args))
+
         self.name = name
-        self.kernel = kernel
+        self.kernel = spread(kernel)
         self.reference = reference
-        self.unsupported = unsupported
-        self.measured = measured
-        self.cost = cost
+        self.unsupported = spread(unsupported)
+        self.measured = spread(measured)
+        self.cost = spread(cost)
         qualified = f"fastvr::{name}"
         _library.define(f"{name}({parameters}) -> Tensor")
         _library.define(f"{name}_backward(Tensor grad, {parameters}, bool[] needs) -> Tensor[]")
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
         _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_fake(qualified, spread(fake), lib=_library)
         torch.library.register_fake(f"{qualified}_backward", self._backward_fake, lib=_library)
         torch.library.register_autograd(
             qualified, self._autograd_backward, setup_context=self._setup_context, lib=_library

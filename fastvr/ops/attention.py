@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -59,53 +60,60 @@ def _sizes(qkv: torch.Tensor, num_heads: int) -> tuple[int, int, int, int]:
     return batch, n, num_heads, width // (3 * num_heads)
 
 
-def _kernel(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+class Arguments(NamedTuple):
+    qkv: torch.Tensor
+    num_heads: int
+    scale: float
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.attention import default_config, launch_attention_fwd
 
-    batch, n, _, head_dim = _sizes(qkv, num_heads)
-    y = backend.empty((batch, n, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    batch, n, _, head_dim = _sizes(a.qkv, a.num_heads)
+    y = backend.empty((batch, n, a.num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
     if y.numel() == 0:
         return y
-    config = tuning.config("attention", table_key(batch, n, num_heads, head_dim, qkv.dtype), qkv.device)
+    config = tuning.config("attention", table_key(batch, n, a.num_heads, head_dim, a.qkv.dtype), a.qkv.device)
     launch_attention_fwd(
         # the kernel reads contiguous heads, and reaches the rows of a block by 32-bit offsets
-        qkv=qkv if qkv.stride(2) == 1 and qkv.stride(1) < 2**23 else qkv.contiguous(),
+        qkv=a.qkv if a.qkv.stride(2) == 1 and a.qkv.stride(1) < 2**23 else a.qkv.contiguous(),
         y=y,
-        num_heads=num_heads,
-        scale=scale,
-        config=config or default_config(qkv.dtype, backend.architecture(qkv.device), head_dim=head_dim),
+        num_heads=a.num_heads,
+        scale=a.scale,
+        config=config or default_config(a.qkv.dtype, backend.architecture(a.qkv.device), head_dim=head_dim),
     )
     return y
 
 
-def _fake(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
-    batch, n, width = qkv.shape
-    return qkv.new_empty((batch, n, width // 3))
+def _fake(a: Arguments) -> torch.Tensor:
+    batch, n, width = a.qkv.shape
+    return a.qkv.new_empty((batch, n, width // 3))
 
 
-def _unsupported(qkv: torch.Tensor, num_heads: int, scale: float) -> str | None:
-    head_dim = _sizes(qkv, num_heads)[-1]
+def _unsupported(a: Arguments) -> str | None:
+    head_dim = _sizes(a.qkv, a.num_heads)[-1]
     if head_dim % 8 or not 32 <= head_dim <= 128:
         return f"head_dim {head_dim}; the kernel takes 32 to 128 in multiples of 8"
-    if scale <= 0:
-        return f"scale {scale}; the kernel takes positive ones"
-    return _check.kernel_dtypes(qkv)
+    if a.scale <= 0:
+        return f"scale {a.scale}; the kernel takes positive ones"
+    return _check.kernel_dtypes(a.qkv)
 
 
-def _measured(qkv: torch.Tensor, num_heads: int, scale: float) -> str:
+def _measured(a: Arguments) -> str:
     # without a measurement PyTorch's own flash kernels run
-    return tuning.choice(table_key(*_sizes(qkv, num_heads), qkv.dtype), qkv.device, "reference")
+    return tuning.choice(table_key(*_sizes(a.qkv, a.num_heads), a.qkv.dtype), a.qkv.device, "reference")
 
 
-def _cost(qkv: torch.Tensor, num_heads: int, scale: float) -> Cost:
-    batch, n, _, head_dim = _sizes(qkv, num_heads)
-    result = batch * n * num_heads * head_dim
-    return Cost(4 * n * result, (qkv.numel() + result) * qkv.element_size())
+def _cost(a: Arguments) -> Cost:
+    batch, n, _, head_dim = _sizes(a.qkv, a.num_heads)
+    result = batch * n * a.num_heads * head_dim
+    return Cost(4 * n * result, (a.qkv.numel() + result) * a.qkv.element_size())
 
 
 ATTENTION = Op(
     "attention",
     "Tensor qkv, int num_heads, float scale",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
@@ -159,89 +160,65 @@ def table_key(
     return tuning.key("conv_bn_relu", x.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
 
 
-def _kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bn_weight: torch.Tensor | None,
-    bn_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    act: str,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bn_weight: torch.Tensor | None
+    bn_bias: torch.Tensor | None
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    eps: float
+    stride: Sequence[int]
+    padding: Sequence[int]
+    groups: int
+    act: str
+    residual: torch.Tensor | None
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.conv_bn_relu import default_config, launch_conv_bn_relu_fwd
 
-    n, o, oh, ow = shape = _output_shape(x, weight, stride, padding)
+    n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     y = backend.empty(
-        shape, dtype=result_dtype(x, residual), device=x.device, memory_format=torch.channels_last
+        shape, dtype=result_dtype(a.x, a.residual), device=a.x.device, memory_format=torch.channels_last
     )
     if n == 0:
         return y
-    config = tuning.config("conv_bn_relu", table_key(x, weight, stride, padding, groups), x.device)
+    config = tuning.config(
+        "conv_bn_relu", table_key(a.x, a.weight, a.stride, a.padding, a.groups), a.x.device
+    )
     if config is None:
-        arch = backend.architecture(x.device)
-        config = default_config(n * oh * ow, o // groups, x.dtype, arch, gathered=gathered(x, weight))
+        arch = backend.architecture(a.x.device)
+        config = default_config(n * oh * ow, o // a.groups, a.x.dtype, arch, gathered=gathered(a.x, a.weight))
     launch_conv_bn_relu_fwd(
-        x=x,
-        weight=weight,
-        bn_weight=_check.dense(bn_weight),
-        bn_bias=_check.dense(bn_bias),
-        running_mean=_check.dense(running_mean),
-        running_var=_check.dense(running_var),
-        residual=residual,
+        x=a.x,
+        weight=a.weight,
+        bn_weight=_check.dense(a.bn_weight),
+        bn_bias=_check.dense(a.bn_bias),
+        running_mean=_check.dense(a.running_mean),
+        running_var=_check.dense(a.running_var),
+        residual=a.residual,
         y=y,
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        groups=groups,
-        act=act,
-        eps=eps,
+        stride=(a.stride[0], a.stride[1]),
+        padding=(a.padding[0], a.padding[1]),
+        groups=a.groups,
+        act=a.act,
+        eps=a.eps,
         config=config,
     )
     return y
 
 
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bn_weight: torch.Tensor | None,
-    bn_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    act: str,
-    residual: torch.Tensor | None,
-) -> torch.Tensor:
-    shape = _output_shape(x, weight, stride, padding)
+def _fake(a: Arguments) -> torch.Tensor:
+    shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     return torch.empty(
-        shape, dtype=result_dtype(x, residual), device=x.device, memory_format=torch.channels_last
+        shape, dtype=result_dtype(a.x, a.residual), device=a.x.device, memory_format=torch.channels_last
     )
 
 
-def _unsupported(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bn_weight: torch.Tensor | None,
-    bn_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    act: str,
-    residual: torch.Tensor | None,
-) -> str | None:
-    n, _, oh, ow = _output_shape(x, weight, stride, padding)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(
-        x, weight, bn_weight, bn_bias, running_mean, running_var, residual
-    )
+def _unsupported(a: Arguments) -> str | None:
+    n, _, oh, ow = _output_shape(a.x, a.weight, a.stride, a.padding)
+    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
 
 
 def too_many_pixels(pixels: int) -> str | None:
@@ -249,51 +226,28 @@ def too_many_pixels(pixels: int) -> str | None:
     return f"{pixels} output pixels; kernels take up to 2^31 - 1024" if pixels > 2**31 - 1024 else None
 
 
-def _measured(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bn_weight: torch.Tensor | None,
-    bn_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    *others: object,
-) -> str:
+def _measured(a: Arguments) -> str:
     # without a measurement the vendor's convolution runs
-    return tuning.choice(table_key(x, weight, stride, padding, groups), x.device, "reference")
+    return tuning.choice(table_key(a.x, a.weight, a.stride, a.padding, a.groups), a.x.device, "reference")
 
 
-def _cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bn_weight: torch.Tensor | None,
-    bn_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    eps: float,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    act: str,
-    residual: torch.Tensor | None,
-) -> Cost:
-    shape = _output_shape(x, weight, stride, padding)
+def _cost(a: Arguments) -> Cost:
+    shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     result = math.prod(shape)
-    n, c, h, w = x.shape
+    n, c, h, w = a.x.shape
     # a stride wider than the window leaves rows and columns of x unread
-    read = n * c * min(h, shape[2] * weight.shape[2]) * min(w, shape[3] * weight.shape[3])
-    others = (weight, bn_weight, bn_bias, running_mean, running_var, residual)
-    moved = read * x.element_size() + sum(t.numel() * t.element_size() for t in others if t is not None)
-    return Cost(2 * result * math.prod(weight.shape[1:]), moved + result * result_dtype(x, residual).itemsize)
+    read = n * c * min(h, shape[2] * a.weight.shape[2]) * min(w, shape[3] * a.weight.shape[3])
+    moved = read * a.x.element_size() + nbytes(a[1:])
+    return Cost(
+        2 * result * math.prod(a.weight.shape[1:]), moved + result * result_dtype(a.x, a.residual).itemsize
+    )
 
 
 CONV_BN_RELU = Op(
     "conv_bn_relu",
     "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
     "float eps, int[] stride, int[] padding, int groups, str act, Tensor? residual",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.linear import unit_rows
 from fastvr.reference.layer_norm import layer_norm as reference
 
@@ -71,64 +73,55 @@ def _table_key(x: torch.Tensor) -> str:
     return tuning.key("layer_norm", x.dtype, m=tuning.bucket(x.numel() // max(n, 1)), n=n)
 
 
-def _kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    out_dtype: torch.dtype | None
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.layer_norm import default_config, launch_layer_norm_fwd
 
-    y = backend.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    y = backend.empty(a.x.shape, dtype=a.out_dtype or a.x.dtype, device=a.x.device)
     if y.numel() == 0:
         return y
-    rows = unit_rows(x)
+    rows = unit_rows(a.x)
     assert rows is not None
-    config = tuning.config("layer_norm", _table_key(x), x.device)
+    config = tuning.config("layer_norm", _table_key(a.x), a.x.device)
     launch_layer_norm_fwd(
         x=rows,
-        weight=weight.contiguous(),
-        bias=_check.dense(bias),
+        weight=a.weight.contiguous(),
+        bias=_check.dense(a.bias),
         y=y.view(rows.shape),
-        eps=eps,
-        config=config or default_config(rows.shape[1], backend.architecture(x.device)),
+        eps=a.eps,
+        config=config or default_config(rows.shape[1], backend.architecture(a.x.device)),
     )
     return y
 
 
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.x.new_empty(a.x.shape, dtype=a.out_dtype or a.x.dtype)
 
 
-def _unsupported(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str | None:
-    return _check.kernel_dtypes(x, weight)
+def _unsupported(a: Arguments) -> str | None:
+    return _check.kernel_dtypes(*a)
 
 
-def _measured(x: torch.Tensor, *others: object) -> str:
-    return tuning.choice(_table_key(x), x.device, "triton")
+def _measured(a: Arguments) -> str:
+    return tuning.choice(_table_key(a.x), a.x.device, "triton")
 
 
-def _cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> Cost:
-    moved = sum(t.numel() * t.element_size() for t in (x, weight, bias) if t is not None)
-    return Cost(0, moved + x.numel() * (out_dtype or x.dtype).itemsize)
+def _cost(a: Arguments) -> Cost:
+    moved = nbytes(a)
+    return Cost(0, moved + a.x.numel() * (a.out_dtype or a.x.dtype).itemsize)
 
 
 LAYER_NORM = Op(
     "layer_norm",
     "Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType? out_dtype",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

@@ -6,11 +6,13 @@ with LayerScale and residual.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.layer_norm import check_norm
 from fastvr.ops.linear import as_rows, result_dtype, table_key, unit_rows
 from fastvr.reference.layernorm_mlp import layernorm_mlp as reference
@@ -89,55 +91,61 @@ def layernorm_mlp(
     )
 
 
-def _kernel(
-    x: torch.Tensor,
-    ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor | None,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    act: str,
-) -> torch.Tensor:
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    ln_weight: torch.Tensor
+    ln_bias: torch.Tensor | None
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor | None
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor | None
+    gamma: torch.Tensor | None
+    residual: torch.Tensor | None
+    eps: float
+    act: str
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.linear import default_config, launch_linear_fwd
 
-    dtype = fc1_weight.dtype
-    hidden_features, features = fc1_weight.shape
-    n = fc2_weight.shape[0]
-    y = backend.empty((*x.shape[:-1], n), dtype=result_dtype(fc1_weight, gamma, residual), device=x.device)
+    dtype = a.fc1_weight.dtype
+    hidden_features, features = a.fc1_weight.shape
+    n = a.fc2_weight.shape[0]
+    y = backend.empty(
+        (*a.x.shape[:-1], n), dtype=result_dtype(a.fc1_weight, a.gamma, a.residual), device=a.x.device
+    )
     if y.numel() == 0:
         return y
-    rows = as_rows(x)
+    rows = as_rows(a.x)
     m = rows.shape[0]
-    hidden = backend.empty((m, hidden_features), dtype=dtype, device=x.device)
-    arch = backend.architecture(x.device)
-    config = tuning.config("norm_linear", table_key(m, hidden_features, features, dtype, norm=True), x.device)
+    hidden = backend.empty((m, hidden_features), dtype=dtype, device=a.x.device)
+    arch = backend.architecture(a.x.device)
+    config = tuning.config(
+        "norm_linear", table_key(m, hidden_features, features, dtype, norm=True), a.x.device
+    )
     launch_linear_fwd(
         x=rows,
-        weight=fc1_weight,
-        bias=_check.dense(fc1_bias),
-        ln_weight=ln_weight.contiguous(),
-        ln_bias=_check.dense(ln_bias),
+        weight=a.fc1_weight,
+        bias=_check.dense(a.fc1_bias),
+        ln_weight=a.ln_weight.contiguous(),
+        ln_bias=_check.dense(a.ln_bias),
         gamma=None,
         residual=None,
         y=hidden,
-        act=act,
-        eps=eps,
+        act=a.act,
+        eps=a.eps,
         config=config or default_config(m, hidden_features, dtype, arch, norm=True),
     )
-    with_residual = residual is not None
+    with_residual = a.residual is not None
     config = tuning.config(
-        "linear", table_key(m, n, hidden_features, dtype, residual=with_residual), x.device
+        "linear", table_key(m, n, hidden_features, dtype, residual=with_residual), a.x.device
     )
     launch_linear_fwd(
         x=hidden,
-        weight=fc2_weight,
-        bias=_check.dense(fc2_bias),
-        gamma=_check.dense(gamma),
-        residual=unit_rows(residual),
+        weight=a.fc2_weight,
+        bias=_check.dense(a.fc2_bias),
+        gamma=_check.dense(a.gamma),
+        residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act="none",
         config=config or default_config(m, n, dtype, arch, residual=with_residual),
@@ -145,63 +153,37 @@ def _kernel(
     return y
 
 
-def _fake(
-    x: torch.Tensor,
-    ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor | None,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    act: str,
-) -> torch.Tensor:
-    dtype = result_dtype(fc1_weight, gamma, residual)
-    return x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype)
+def _fake(a: Arguments) -> torch.Tensor:
+    dtype = result_dtype(a.fc1_weight, a.gamma, a.residual)
+    return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]), dtype=dtype)
 
 
-def _unsupported(x: torch.Tensor, *others: object) -> str | None:
-    if x.shape[-1] == 0:
+def _unsupported(a: Arguments) -> str | None:
+    if a.x.shape[-1] == 0:
         return "x has no features"
-    return _check.kernel_dtypes(x, *(t for t in others if isinstance(t, torch.Tensor)))
+    return _check.kernel_dtypes(*a)
 
 
-def _measured(x: torch.Tensor, *others: object) -> str:
-    fc1_weight = others[2]
-    assert isinstance(fc1_weight, torch.Tensor)
-    hidden, features = fc1_weight.shape
-    m = x.numel() // max(features, 1)
+def _measured(a: Arguments) -> str:
+    hidden, features = a.fc1_weight.shape
+    m = a.x.numel() // max(features, 1)
     # without a measurement the vendor's GEMM runs
     return tuning.choice(
-        tuning.key("layernorm_mlp", fc1_weight.dtype, m=tuning.bucket(m), n=hidden, k=features),
-        x.device,
+        tuning.key("layernorm_mlp", a.fc1_weight.dtype, m=tuning.bucket(m), n=hidden, k=features),
+        a.x.device,
         "reference",
     )
 
 
-def _cost(
-    x: torch.Tensor,
-    ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor | None,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    act: str,
-) -> Cost:
-    hidden, features = fc1_weight.shape
-    n = fc2_weight.shape[0]
-    m = x.numel() // max(features, 1)
-    tensors = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, residual)
-    moved = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    moved += 2 * m * hidden * fc1_weight.element_size()
+def _cost(a: Arguments) -> Cost:
+    hidden, features = a.fc1_weight.shape
+    n = a.fc2_weight.shape[0]
+    m = a.x.numel() // max(features, 1)
+    moved = nbytes(a)
+    moved += 2 * m * hidden * a.fc1_weight.element_size()
     return Cost(
-        2 * m * hidden * (features + n), moved + m * n * result_dtype(fc1_weight, gamma, residual).itemsize
+        2 * m * hidden * (features + n),
+        moved + m * n * result_dtype(a.fc1_weight, a.gamma, a.residual).itemsize,
     )
 
 
@@ -209,6 +191,7 @@ LAYERNORM_MLP = Op(
     "layernorm_mlp",
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
     "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

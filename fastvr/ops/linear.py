@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.reference.linear import ACTIVATIONS
 from fastvr.reference.linear import linear as reference
 
@@ -89,86 +90,68 @@ def table_key(
     return tuning.key(op, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
 
 
-def _kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    act: str,
-) -> torch.Tensor:
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gamma: torch.Tensor | None
+    residual: torch.Tensor | None
+    act: str
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.linear import default_config, launch_linear_fwd
 
-    n, k = weight.shape
-    y = backend.empty((*x.shape[:-1], n), dtype=result_dtype(x, gamma, residual), device=x.device)
+    n, k = a.weight.shape
+    y = backend.empty((*a.x.shape[:-1], n), dtype=result_dtype(a.x, a.gamma, a.residual), device=a.x.device)
     if y.numel() == 0:
         return y
-    rows = as_rows(x)
+    rows = as_rows(a.x)
     m = rows.shape[0]
-    with_residual = residual is not None
-    config = tuning.config("linear", table_key(m, n, k, x.dtype, residual=with_residual), x.device)
+    with_residual = a.residual is not None
+    config = tuning.config("linear", table_key(m, n, k, a.x.dtype, residual=with_residual), a.x.device)
     launch_linear_fwd(
         x=rows,
-        weight=weight,
-        bias=_check.dense(bias),
-        gamma=_check.dense(gamma),
-        residual=unit_rows(residual),
+        weight=a.weight,
+        bias=_check.dense(a.bias),
+        gamma=_check.dense(a.gamma),
+        residual=unit_rows(a.residual),
         y=y.view(-1, n),
-        act=act,
+        act=a.act,
         config=config
-        or default_config(m, n, x.dtype, backend.architecture(x.device), residual=with_residual),
+        or default_config(m, n, a.x.dtype, backend.architecture(a.x.device), residual=with_residual),
     )
     return y
 
 
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    act: str,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=result_dtype(x, gamma, residual))
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=result_dtype(a.x, a.gamma, a.residual))
 
 
-def _unsupported(x: torch.Tensor, weight: torch.Tensor, *others: object) -> str | None:
-    if weight.shape[1] == 0:
+def _unsupported(a: Arguments) -> str | None:
+    if a.weight.shape[1] == 0:
         return "in_features is 0"
-    return _check.kernel_dtypes(x, *(t for t in others if isinstance(t, torch.Tensor)))
+    return _check.kernel_dtypes(*a)
 
 
-def _measured(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    act: str,
-) -> str:
-    n, k = weight.shape
-    key = table_key(math.prod(x.shape[:-1]), n, k, x.dtype, residual=residual is not None)
+def _measured(a: Arguments) -> str:
+    n, k = a.weight.shape
+    key = table_key(math.prod(a.x.shape[:-1]), n, k, a.x.dtype, residual=a.residual is not None)
     # without a measurement the vendor's GEMM runs
-    return tuning.choice(key, x.device, "reference")
+    return tuning.choice(key, a.x.device, "reference")
 
 
-def _cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    act: str,
-) -> Cost:
-    n, k = weight.shape
-    m = math.prod(x.shape[:-1])
-    moved = sum(t.numel() * t.element_size() for t in (x, weight, bias, gamma, residual) if t is not None)
-    return Cost(2 * m * n * k, moved + m * n * result_dtype(x, gamma, residual).itemsize)
+def _cost(a: Arguments) -> Cost:
+    n, k = a.weight.shape
+    m = math.prod(a.x.shape[:-1])
+    moved = nbytes(a)
+    return Cost(2 * m * n * k, moved + m * n * result_dtype(a.x, a.gamma, a.residual).itemsize)
 
 
 LINEAR = Op(
     "linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

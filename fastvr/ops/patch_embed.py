@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.linear import result_dtype, unit_rows
 from fastvr.reference.patch_embed import patch_embed as reference
 
@@ -89,87 +91,70 @@ def table_key(m: int, weight: torch.Tensor, dtype: torch.dtype) -> str:
     return tuning.key("patch_embed", dtype, m=tuning.bucket(m), d=d, c=channels, h=patch_h, w=patch_w)
 
 
-def _kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix_tokens: torch.Tensor | None,
-) -> torch.Tensor:
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    pos_embed: torch.Tensor | None
+    prefix_tokens: torch.Tensor | None
+
+
+def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.patch_embed import default_config, launch_patch_embed_fwd
 
-    batch, tokens, d = _size(x, weight, prefix_tokens)
-    y = backend.empty((batch, tokens, d), dtype=result_dtype(x, pos_embed, prefix_tokens), device=x.device)
+    batch, tokens, d = _size(a.x, a.weight, a.prefix_tokens)
+    y = backend.empty(
+        (batch, tokens, d), dtype=result_dtype(a.x, a.pos_embed, a.prefix_tokens), device=a.x.device
+    )
     if y.numel() == 0:
         return y
+    x = a.x
     if sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31:
         x = x.contiguous()  # the kernel reaches the pixels of an image by 32-bit offsets
-    config = tuning.config("patch_embed", table_key(batch * tokens, weight, x.dtype), x.device)
+    config = tuning.config("patch_embed", table_key(batch * tokens, a.weight, x.dtype), x.device)
     launch_patch_embed_fwd(
         x=x,
-        weight=weight,
-        bias=_check.dense(bias),
-        pos_embed=unit_rows(pos_embed),
-        prefix_tokens=unit_rows(prefix_tokens),
+        weight=a.weight,
+        bias=_check.dense(a.bias),
+        pos_embed=unit_rows(a.pos_embed),
+        prefix_tokens=unit_rows(a.prefix_tokens),
         y=y,
-        config=config or default_config(batch * tokens, d, x.dtype, backend.architecture(x.device)),
+        config=config or default_config(batch * tokens, d, a.x.dtype, backend.architecture(a.x.device)),
     )
     return y
 
 
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix_tokens: torch.Tensor | None,
-) -> torch.Tensor:
-    return x.new_empty(_size(x, weight, prefix_tokens), dtype=result_dtype(x, pos_embed, prefix_tokens))
+def _fake(a: Arguments) -> torch.Tensor:
+    return a.x.new_empty(
+        _size(a.x, a.weight, a.prefix_tokens), dtype=result_dtype(a.x, a.pos_embed, a.prefix_tokens)
+    )
 
 
-def _unsupported(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix_tokens: torch.Tensor | None,
-) -> str | None:
-    batch, tokens, _ = _size(x, weight, prefix_tokens)
+def _unsupported(a: Arguments) -> str | None:
+    batch, tokens, _ = _size(a.x, a.weight, a.prefix_tokens)
     if batch * tokens >= 2**31 - 256:
         return f"{batch * tokens} tokens; the kernel counts them in 31 bits"
-    return _check.kernel_dtypes(x, weight, bias, pos_embed, prefix_tokens)
+    return _check.kernel_dtypes(*a)
 
 
-def _measured(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix_tokens: torch.Tensor | None,
-) -> str:
-    batch, tokens, _ = _size(x, weight, prefix_tokens)
+def _measured(a: Arguments) -> str:
+    batch, tokens, _ = _size(a.x, a.weight, a.prefix_tokens)
     # without a measurement the vendor's convolution runs
-    return tuning.choice(table_key(batch * tokens, weight, x.dtype), x.device, "reference")
+    return tuning.choice(table_key(batch * tokens, a.weight, a.x.dtype), a.x.device, "reference")
 
 
-def _cost(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix_tokens: torch.Tensor | None,
-) -> Cost:
-    batch, tokens, d = _size(x, weight, prefix_tokens)
-    prefix = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    inputs = (x, weight, bias, pos_embed, prefix_tokens)
-    moved = sum(t.numel() * t.element_size() for t in inputs if t is not None)
-    result = batch * tokens * d * result_dtype(x, pos_embed, prefix_tokens).itemsize
-    return Cost(2 * batch * (tokens - prefix) * weight.numel(), moved + result)
+def _cost(a: Arguments) -> Cost:
+    batch, tokens, d = _size(a.x, a.weight, a.prefix_tokens)
+    prefix = 0 if a.prefix_tokens is None else a.prefix_tokens.shape[0]
+    moved = nbytes(a)
+    result = batch * tokens * d * result_dtype(a.x, a.pos_embed, a.prefix_tokens).itemsize
+    return Cost(2 * batch * (tokens - prefix) * a.weight.numel(), moved + result)
 
 
 PATCH_EMBED = Op(
     "patch_embed",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens",
+    arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,

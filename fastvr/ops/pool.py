@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op
+from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.conv_bn_relu import output_size, pair, too_many_pixels
 from fastvr.reference import pool as reference
 
@@ -107,57 +108,55 @@ def max_pool_table_key(
     return tuning.key("max_pool", x.dtype, m=tuning.bucket(n * oh * ow), c=c, **sizes)
 
 
-def _max_pool_kernel(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> torch.Tensor:
+class MaxPoolArguments(NamedTuple):
+    x: torch.Tensor
+    window: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+
+
+def _max_pool_kernel(a: MaxPoolArguments) -> torch.Tensor:
     from fastvr.kernels.pool import launch_max_pool_fwd, max_pool_default_config
 
-    n, c, oh, ow = shape = _pooled_shape(x, window, stride, padding)
-    y = backend.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    n, c, oh, ow = shape = _pooled_shape(a.x, a.window, a.stride, a.padding)
+    y = backend.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
     if n == 0:
         return y
-    config = tuning.config("max_pool", max_pool_table_key(x, window, stride, padding), x.device)
+    config = tuning.config("max_pool", max_pool_table_key(a.x, a.window, a.stride, a.padding), a.x.device)
     launch_max_pool_fwd(
-        x=x,
+        x=a.x,
         y=y,
-        kernel_size=(window[0], window[1]),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[1]),
-        config=config or max_pool_default_config(n * oh * ow, c, x.dtype, backend.architecture(x.device)),
+        kernel_size=(a.window[0], a.window[1]),
+        stride=(a.stride[0], a.stride[1]),
+        padding=(a.padding[0], a.padding[1]),
+        config=config or max_pool_default_config(n * oh * ow, c, a.x.dtype, backend.architecture(a.x.device)),
     )
     return y
 
 
-def _max_pool_fake(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> torch.Tensor:
-    shape = _pooled_shape(x, window, stride, padding)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _max_pool_fake(a: MaxPoolArguments) -> torch.Tensor:
+    shape = _pooled_shape(a.x, a.window, a.stride, a.padding)
+    return torch.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
 
 
-def _max_pool_unsupported(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> str | None:
-    n, _, oh, ow = _pooled_shape(x, window, stride, padding)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(x)
+def _max_pool_unsupported(a: MaxPoolArguments) -> str | None:
+    n, _, oh, ow = _pooled_shape(a.x, a.window, a.stride, a.padding)
+    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(a.x)
 
 
-def _max_pool_measured(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> str:
-    return tuning.choice(max_pool_table_key(x, window, stride, padding), x.device, "triton")
+def _max_pool_measured(a: MaxPoolArguments) -> str:
+    return tuning.choice(max_pool_table_key(a.x, a.window, a.stride, a.padding), a.x.device, "triton")
 
 
-def _max_pool_cost(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Cost:
-    n, c, oh, ow = _pooled_shape(x, window, stride, padding)
-    return Cost(0, (x.numel() + n * c * oh * ow) * x.element_size())
+def _max_pool_cost(a: MaxPoolArguments) -> Cost:
+    n, c, oh, ow = _pooled_shape(a.x, a.window, a.stride, a.padding)
+    return Cost(0, (a.x.numel() + n * c * oh * ow) * a.x.element_size())
 
 
 MAX_POOL = Op(
     "max_pool",
     "Tensor x, int[] kernel_size, int[] stride, int[] padding",
+    arguments=MaxPoolArguments,
     kernel=_max_pool_kernel,
     reference=reference.max_pool,
     fake=_max_pool_fake,
@@ -173,49 +172,54 @@ def avg_pool_linear_table_key(x: torch.Tensor, weight: torch.Tensor) -> str:
     return tuning.key("avg_pool_linear", weight.dtype, m=tuning.bucket(x.shape[0]), n=n, k=k, p=pixels)
 
 
-def _avg_pool_linear_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+class AvgPoolLinearArguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def _avg_pool_linear_kernel(a: AvgPoolLinearArguments) -> torch.Tensor:
     from fastvr.kernels.pool import avg_pool_linear_default_config, launch_avg_pool_linear_fwd
 
-    b, n = x.shape[0], weight.shape[0]
-    y = backend.empty((b, n), dtype=weight.dtype, device=x.device)
+    b, n = a.x.shape[0], a.weight.shape[0]
+    y = backend.empty((b, n), dtype=a.weight.dtype, device=a.x.device)
     if y.numel() == 0:
         return y
-    config = tuning.config("avg_pool_linear", avg_pool_linear_table_key(x, weight), x.device)
-    arch = backend.architecture(x.device)
+    config = tuning.config("avg_pool_linear", avg_pool_linear_table_key(a.x, a.weight), a.x.device)
+    arch = backend.architecture(a.x.device)
     launch_avg_pool_linear_fwd(
-        x=x,
-        weight=weight,
-        bias=_check.dense(bias),
+        x=a.x,
+        weight=a.weight,
+        bias=_check.dense(a.bias),
         y=y,
-        config=config or avg_pool_linear_default_config(b, n, weight.dtype, arch),
+        config=config or avg_pool_linear_default_config(b, n, a.weight.dtype, arch),
     )
     return y
 
 
-def _avg_pool_linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return weight.new_empty((x.shape[0], weight.shape[0]))
+def _avg_pool_linear_fake(a: AvgPoolLinearArguments) -> torch.Tensor:
+    return a.weight.new_empty((a.x.shape[0], a.weight.shape[0]))
 
 
-def _avg_pool_linear_unsupported(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> str | None:
-    return _check.kernel_dtypes(x, weight, bias)
+def _avg_pool_linear_unsupported(a: AvgPoolLinearArguments) -> str | None:
+    return _check.kernel_dtypes(a.x, a.weight, a.bias)
 
 
-def _avg_pool_linear_measured(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+def _avg_pool_linear_measured(a: AvgPoolLinearArguments) -> str:
     # without a measurement the vendor's GEMM runs
-    return tuning.choice(avg_pool_linear_table_key(x, weight), x.device, "reference")
+    return tuning.choice(avg_pool_linear_table_key(a.x, a.weight), a.x.device, "reference")
 
 
-def _avg_pool_linear_cost(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Cost:
-    b, n = x.shape[0], weight.shape[0]
-    moved = sum(t.numel() * t.element_size() for t in (x, weight, bias) if t is not None)
-    return Cost(2 * b * weight.numel(), moved + b * n * weight.element_size())
+def _avg_pool_linear_cost(a: AvgPoolLinearArguments) -> Cost:
+    b, n = a.x.shape[0], a.weight.shape[0]
+    moved = nbytes(a)
+    return Cost(2 * b * a.weight.numel(), moved + b * n * a.weight.element_size())
 
 
 AVG_POOL_LINEAR = Op(
     "avg_pool_linear",
     "Tensor x, Tensor weight, Tensor? bias",
+    arguments=AvgPoolLinearArguments,
     kernel=_avg_pool_linear_kernel,
     reference=reference.avg_pool_linear,
     fake=_avg_pool_linear_fake,
