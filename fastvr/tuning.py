@@ -40,9 +40,13 @@ def bucket(size: int) -> int:
 
 def table_path(gpu: str) -> Path:
     """Where the shipped table of a GPU lies; ``gpu`` as ``torch.cuda.get_device_name`` gives it."""
-    from fastvr.kernels import configs
+    import fastvr.kernels
 
-    return Path(next(iter(configs.__path__))) / (re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json")
+    return (
+        Path(next(iter(fastvr.kernels.__path__)))
+        / "configs"
+        / (re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json")
+    )
 
 
 @functools.cache

@@ -105,3 +105,17 @@ def test_beside_hugging_faces_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_tables_of_measured_choices_ship(site: Path, tmp_path: Path) -> None:
+    """Where the wheel looks for a GPU's table is where it puts those of the checkout."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); from fastvr import tuning; "
+        "print(tuning.table_path('Some GPU'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.strip()).parent
+    assert folder == site / "fastvr" / "kernels" / "configs"
+    expected = {path.name for path in (ROOT / "kernels" / "configs").glob("*.json")}
+    assert expected == {path.name for path in folder.glob("*.json")}
