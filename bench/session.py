@@ -60,11 +60,6 @@ class Session:
         print(text, flush=True)
 
 
-def until(budget: float, share: float) -> float:
-    """The point in time at which ``share`` of a budget that starts now is used up."""
-    return time.monotonic() + budget * share
-
-
 def samples(op: str, count: int, *, small: bool, seed: int) -> list[cases.Case]:
     """Seeded random cases of ``op``."""
     rng = random.Random(f"{op} {seed}")
