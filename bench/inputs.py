@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import importlib
-import inspect
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from cases import Case
@@ -18,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastvr import backend, tuning
+from fastvr import backend
 from fastvr.testing import GELU_TAIL
 
 _MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
@@ -205,69 +199,3 @@ def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
     if not costs:
         raise RuntimeError(f"{op} called no operator of fastvr")
     return sum(c.flops for c in costs), sum(c.bytes for c in costs)
-
-
-@dataclasses.dataclass
-class Knob:
-    """One configuration that a call asks for: under which name and key, and what it may be."""
-
-    name: str
-    key: str
-    candidates: list[dict[str, int]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Consulted:
-    """What calls asked the tuning table for, in their order."""
-
-    knobs: list[Knob] = dataclasses.field(default_factory=list)
-    choices: list[str] = dataclasses.field(default_factory=list)
-
-
-@contextlib.contextmanager
-def consulted() -> Iterator[Consulted]:
-    """Notes what the ops' kernels ask for inside the block, where neither table nor test gives an answer.
-
-    An op without a measured configuration asks its kernel module's ``default_config`` at once, whose
-    arguments include those of ``candidate_configs`` beside it: the candidates need no list of their own here.
-    """
-    found = Consulted()
-    config, choice = tuning.config, tuning.choice
-
-    def asked_config(op: str, table_key: str, device: torch.device) -> tuning.Config | None:
-        found.knobs.append(Knob(op, table_key))
-        return config(op, table_key, device)
-
-    def asked_choice(table_key: str, device: torch.device, default: str) -> str:
-        found.choices.append(table_key)
-        return choice(table_key, device, default)
-
-    def asked_default(default: Any, candidates: Any) -> Callable[..., dict[str, int]]:
-        def asked(*args: Any, **kwargs: Any) -> dict[str, int]:
-            bound = inspect.signature(default).bind(*args, **kwargs)
-            bound.apply_defaults()
-            wanted = inspect.signature(candidates).parameters
-            found.knobs[-1].candidates = candidates(**{name: bound.arguments[name] for name in wanted})
-            result: dict[str, int] = default(*args, **kwargs)
-            return result
-
-        return asked
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(tuning, "config", asked_config))
-        stack.enter_context(mock.patch.object(tuning, "choice", asked_choice))
-        for module, name in _defaults():
-            default = getattr(module, name)
-            candidates = getattr(module, name.replace("default_config", "candidate_configs"))
-            stack.enter_context(mock.patch.object(module, name, asked_default(default, candidates)))
-        yield found
-
-
-@functools.cache
-def _defaults() -> list[tuple[Any, str]]:
-    """(module, name) of every function that gives a kernel's default configuration."""
-    import fastvr.kernels
-
-    names = [info.name for info in pkgutil.iter_modules(fastvr.kernels.__path__)]
-    modules = [importlib.import_module(f"fastvr.kernels.{name}") for name in names if name != "configs"]
-    return [(module, name) for module in modules for name in vars(module) if name.endswith("default_config")]

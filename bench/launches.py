@@ -100,13 +100,13 @@ def record_job(job: Job) -> list[Launch]:
 
 
 @functools.lru_cache(maxsize=4096)
-def consult(case: Case, dtype: str, arch: str) -> inputs.Consulted:
+def consult(case: Case, dtype: str, arch: str) -> tuning.Consulted:
     """What a call of ``case`` asks the tuning table for on ``arch``, and which answers there may be."""
     from fastvr.ops._op import OPS
 
     arguments = inputs.make(case, getattr(torch, dtype), "meta")
     schema = inputs.SchemaCalls()
-    with inputs.consulted() as found:
+    with tuning.consulted() as found:
         record(lambda: inputs.public(case.op)(**arguments), arch)
         with backend.use_backend("triton"), schema:
             inputs.public(case.op)(**arguments)

@@ -10,12 +10,13 @@ Without an entry an op runs its own default. Nothing is ever measured here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,37 @@ Config = dict[str, int]
 
 logger = logging.getLogger("fastvr")
 _forced: dict[str, Config] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """One configuration that a call asks for: under which name and key, and what it may be."""
+
+    name: str
+    key: str
+    candidates: list[Config]
+
+
+@dataclasses.dataclass
+class Consulted:
+    """What calls asked the table for, in their order: configurations, and keys of implementations."""
+
+    knobs: list[Knob] = dataclasses.field(default_factory=list)
+    choices: list[str] = dataclasses.field(default_factory=list)
+
+
+_records: list[Consulted] = []
+
+
+@contextlib.contextmanager
+def consulted() -> Iterator[Consulted]:
+    """Note what ops ask for inside the block: what a tuner has to measure."""
+    record = Consulted()
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [r for r in _records if r is not record]
 
 
 def key(op: str, dtype: torch.dtype, **sizes: int) -> str:
@@ -82,16 +114,31 @@ def lookup(table_key: str, device: torch.device) -> dict[str, Any] | None:
 
 def choice(table_key: str, device: torch.device, default: str) -> str:
     """``"triton"`` or ``"reference"``: what was measured to be faster, or the op's default."""
+    for record in _records:
+        record.choices.append(table_key)
     entry = lookup(table_key, device)
     return default if entry is None else str(entry["impl"])
 
 
-def config(op: str, table_key: str, device: torch.device) -> Config | None:
-    """The configuration to launch ``op`` with: a forced one, the measured one, or None for the default."""
+def config(
+    op: str,
+    table_key: str,
+    device: torch.device,
+    *,
+    default: Callable[[], Config],
+    candidates: Callable[[], list[Config]],
+) -> Config:
+    """The configuration to launch ``op`` with: a forced one, the measured one, or the default.
+
+    ``candidates`` gives what a tuner may choose from, on the architecture that kernels run on.
+    """
+    for record in _records:
+        record.knobs.append(Knob(op, table_key, candidates()))
     if op in _forced:
         return _forced[op]
     entry = lookup(table_key, device)
-    return None if entry is None else entry.get("config")
+    measured: Config | None = None if entry is None else entry.get("config")
+    return default() if measured is None else measured
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ class _Counter(TorchDispatchMode):
         self._add(f"{func} in {self._inside[-1]}" if self._inside else str(func), size)
         return out
 
-    def _open(self, func: Any, args: tuple[Any, ...]) -> Tensor:
+    def _open(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Run an op of ours by its kernel function, with this mode still counting what that does."""
         from fastvr.ops._op import OPS
 

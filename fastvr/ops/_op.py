@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -22,8 +22,9 @@ from fastvr import backend
 
 _Arguments = TypeVar("_Arguments")
 _Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
 
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op[Any]] = {}
 
 _library = torch.library.Library("fastvr", "DEF")
 
@@ -41,12 +42,12 @@ def nbytes(arguments: Iterable[object]) -> int:
     return sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
 
 
-class Op:
+class Op(Generic[_Result]):
     """One operator.
 
     Args:
         name: what it is called everywhere: ``fastvr.ops.<name>``, ``torch.ops.fastvr.<name>``.
-        parameters: the parameters of its ``torch.library`` schema, without defaults; one result, a Tensor.
+        parameters: the parameters of its ``torch.library`` schema, without defaults.
         arguments: a NamedTuple of the schema's arguments, in order; what follows takes one, except
             ``reference``, which takes them one by one.
         kernel: allocates with :func:`fastvr.backend.empty`, launches Triton kernels, returns the result.
@@ -56,6 +57,11 @@ class Op:
         unsupported: the reason why the kernel cannot take these arguments, or None.
         measured: "triton" or "reference", what to run on a GPU where the kernel could (`tuning.py`).
         cost: FLOPs and bytes.
+        parts: for an op that fuses others: the same by their public functions, each of which chooses for
+            itself, taking the schema's arguments one by one. What runs where the kernel does not.
+        returns: of the schema; more than one tensor takes ``differentiable=False``.
+        differentiable: False for an op that only inference uses. It has no ``<name>_backward``, and refuses
+            tensors that need a gradient.
 
     As attributes all of them take the schema's arguments one by one.
     """
@@ -66,14 +72,17 @@ class Op:
         parameters: str,
         *,
         arguments: Callable[..., _Arguments],
-        kernel: Callable[[_Arguments], torch.Tensor],
-        reference: Callable[..., torch.Tensor],
-        fake: Callable[[_Arguments], torch.Tensor],
+        kernel: Callable[[_Arguments], _Result],
+        reference: Callable[..., _Result],
+        fake: Callable[[_Arguments], _Result],
         unsupported: Callable[[_Arguments], str | None],
         measured: Callable[[_Arguments], str],
         cost: Callable[[_Arguments], Cost],
+        parts: Callable[..., _Result] | None = None,
+        returns: str = "Tensor",
+        differentiable: bool = True,
     ) -> None:
-        def spread(function: Callable[[_Arguments], _Result]) -> Callable[..., _Result]:
+        def spread(function: Callable[[_Arguments], _Value]) -> Callable[..., _Value]:
             return lambda *args: function(arguments(*args))
 
         self.name = name
@@ -82,22 +91,31 @@ class Op:
         self.unsupported = spread(unsupported)
         self.measured = spread(measured)
         self.cost = spread(cost)
-        qualified = f"fastvr::{name}"
-        _library.define(f"{name}({parameters}) -> Tensor")
-        _library.define(f"{name}_backward(Tensor grad, {parameters}, bool[] needs) -> Tensor[]")
+        self.parts = parts
+        self.differentiable = differentiable
+        _library.define(f"{name}({parameters}) -> {returns}")
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
-        _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, spread(fake), lib=_library)
-        torch.library.register_fake(f"{qualified}_backward", self._backward_fake, lib=_library)
-        torch.library.register_autograd(
-            qualified, self._autograd_backward, setup_context=self._setup_context, lib=_library
-        )
+        torch.library.register_fake(f"fastvr::{name}", spread(fake), lib=_library)
         self.overload = getattr(torch.ops.fastvr, name).default
-        self.overload_backward = getattr(torch.ops.fastvr, f"{name}_backward").default
+        if differentiable:
+            self._define_backward(parameters)
         register_flop_formula(getattr(torch.ops.fastvr, name), get_raw=True)(self._flops)
         OPS[name] = self
 
-    def __call__(self, *args: Any) -> torch.Tensor:
+    def _define_backward(self, parameters: str) -> None:
+        backward = f"{self.name}_backward"
+        _library.define(f"{backward}(Tensor grad, {parameters}, bool[] needs) -> Tensor[]")
+        _library.impl(backward, self._backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastvr::{backward}", self._backward_fake, lib=_library)
+        torch.library.register_autograd(
+            f"fastvr::{self.name}",
+            self._autograd_backward,
+            setup_context=self._setup_context,
+            lib=_library,
+        )
+        self.overload_backward = getattr(torch.ops.fastvr, backward).default
+
+    def __call__(self, *args: Any) -> _Result:
         """``args`` are the schema's, positional; the first is a tensor and gives the device.
 
         Where PyTorch runs anyhow it is called directly: autograd keeps what it needs instead of computing the
@@ -105,9 +123,16 @@ class Op:
         """
         device = args[0].device
         possible = backend.kernels_possible(device)
+        if not self.differentiable and torch.is_grad_enabled() and _any_requires_grad(args):
+            raise NotImplementedError(f"fastvr.{self.name} has no gradient: call it under torch.no_grad()")
         # sizes may be symbols there, and a fake tensor's GPU may not exist: neither can be looked up
         if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
-            return self.overload(*args) if possible else self.reference(*args)
+            if self.parts is not None:
+                return self.parts(*args)
+            return self._operator(args) if possible else self.reference(*args)
+        fused = self.parts is None or (possible and self._kernel_fits(args, device))
+        if self.parts is not None and not fused and backend.current_backend() != "reference":
+            return self.parts(*args)
         # in the mode "triton" the operator itself says what is wrong
         if not possible or (backend.current_backend() == "auto" and not self._kernel_runs(args, device)):
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
@@ -116,14 +141,23 @@ class Op:
             raise NotImplementedError(
                 f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has"
             )
+        return self._operator(args)
+
+    def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
+
+    def _kernel_fits(self, args: tuple[Any, ...], device: torch.device) -> bool:
+        """Whether the fused kernel is the one to run; its parts say themselves what is wrong with them."""
+        if self.unsupported(*args) is not None or backend.unavailable(device) is not None:
+            return False
+        return self._kernel_runs(args, device)
 
     def _kernel_runs(self, args: tuple[Any, ...], device: torch.device) -> bool:
         return backend.kernel_runs(
             self.name, args, device, unsupported=self.unsupported, measured=self.measured
         )
 
-    def _forward(self, *args: Any) -> torch.Tensor:
+    def _forward(self, *args: Any) -> _Result:
         device = args[0].device
         with _no_autocast(device):
             return backend.run(  # type: ignore[no-any-return]
@@ -145,7 +179,7 @@ class Op:
                 arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
                 for i, arg in enumerate(args)
             ]
-            result = self.reference(*leaves)
+            result: Any = self.reference(*leaves)
             grads = torch.autograd.grad(result, [leaves[i] for i in wanted], grad)
         # strides as the fake says, and no result that is another's memory (torch.library forbids both)
         return [_like(given, args[i]) for given, i in zip(grads, wanted, strict=True)]
@@ -172,6 +206,10 @@ class Op:
 
     def _flops(self, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return self.cost(*args).flops
+
+
+def _any_requires_grad(args: Iterable[object]) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def _like(grad: torch.Tensor, arg: torch.Tensor) -> torch.Tensor:

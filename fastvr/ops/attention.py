@@ -67,20 +67,27 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.attention import default_config, launch_attention_fwd
+    from fastvr.kernels.attention import candidate_configs, default_config, launch_attention_fwd
 
     batch, n, _, head_dim = _sizes(a.qkv, a.num_heads)
     y = backend.empty((batch, n, a.num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
     if y.numel() == 0:
         return y
-    config = tuning.config("attention", table_key(batch, n, a.num_heads, head_dim, a.qkv.dtype), a.qkv.device)
+    arch = backend.architecture(a.qkv.device)
+    config = tuning.config(
+        "attention",
+        table_key(batch, n, a.num_heads, head_dim, a.qkv.dtype),
+        a.qkv.device,
+        default=lambda: default_config(a.qkv.dtype, arch, head_dim=head_dim),
+        candidates=lambda: candidate_configs(a.qkv.dtype, arch, head_dim=head_dim),
+    )
     launch_attention_fwd(
         # the kernel reads contiguous heads, and reaches the rows of a block by 32-bit offsets
         qkv=a.qkv if a.qkv.stride(2) == 1 and a.qkv.stride(1) < 2**23 else a.qkv.contiguous(),
         y=y,
         num_heads=a.num_heads,
         scale=a.scale,
-        config=config or default_config(a.qkv.dtype, backend.architecture(a.qkv.device), head_dim=head_dim),
+        config=config,
     )
     return y
 

@@ -176,7 +176,7 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.conv_bn_relu import default_config, launch_conv_bn_relu_fwd
+    from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
 
     n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     y = backend.empty(
@@ -184,12 +184,14 @@ def _kernel(a: Arguments) -> torch.Tensor:
     )
     if n == 0:
         return y
+    arch, scalar = backend.architecture(a.x.device), gathered(a.x, a.weight)
     config = tuning.config(
-        "conv_bn_relu", table_key(a.x, a.weight, a.stride, a.padding, a.groups), a.x.device
+        "conv_bn_relu",
+        table_key(a.x, a.weight, a.stride, a.padding, a.groups),
+        a.x.device,
+        default=lambda: default_config(n * oh * ow, o // a.groups, a.x.dtype, arch, gathered=scalar),
+        candidates=lambda: candidate_configs(a.x.dtype, arch, gathered=scalar),
     )
-    if config is None:
-        arch = backend.architecture(a.x.device)
-        config = default_config(n * oh * ow, o // a.groups, a.x.dtype, arch, gathered=gathered(a.x, a.weight))
     launch_conv_bn_relu_fwd(
         x=a.x,
         weight=a.weight,

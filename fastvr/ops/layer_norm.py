@@ -82,21 +82,28 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.layer_norm import default_config, launch_layer_norm_fwd
+    from fastvr.kernels.layer_norm import candidate_configs, default_config, launch_layer_norm_fwd
 
     y = backend.empty(a.x.shape, dtype=a.out_dtype or a.x.dtype, device=a.x.device)
     if y.numel() == 0:
         return y
     rows = unit_rows(a.x)
     assert rows is not None
-    config = tuning.config("layer_norm", _table_key(a.x), a.x.device)
+    arch, n = backend.architecture(a.x.device), rows.shape[1]
+    config = tuning.config(
+        "layer_norm",
+        _table_key(a.x),
+        a.x.device,
+        default=lambda: default_config(n, arch),
+        candidates=lambda: candidate_configs(n, arch),
+    )
     launch_layer_norm_fwd(
         x=rows,
         weight=a.weight.contiguous(),
         bias=_check.dense(a.bias),
         y=y.view(rows.shape),
         eps=a.eps,
-        config=config or default_config(rows.shape[1], backend.architecture(a.x.device)),
+        config=config,
     )
     return y
 

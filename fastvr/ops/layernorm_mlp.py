@@ -14,7 +14,7 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.layer_norm import check_norm
-from fastvr.ops.linear import as_rows, result_dtype, table_key, unit_rows
+from fastvr.ops.linear import as_rows, launch_config, result_dtype, unit_rows
 from fastvr.reference.layernorm_mlp import layernorm_mlp as reference
 from fastvr.reference.linear import ACTIVATIONS
 
@@ -106,7 +106,7 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.linear import default_config, launch_linear_fwd
+    from fastvr.kernels.linear import launch_linear_fwd
 
     dtype = a.fc1_weight.dtype
     hidden_features, features = a.fc1_weight.shape
@@ -119,10 +119,6 @@ def _kernel(a: Arguments) -> torch.Tensor:
     rows = as_rows(a.x)
     m = rows.shape[0]
     hidden = backend.empty((m, hidden_features), dtype=dtype, device=a.x.device)
-    arch = backend.architecture(a.x.device)
-    config = tuning.config(
-        "norm_linear", table_key(m, hidden_features, features, dtype, norm=True), a.x.device
-    )
     launch_linear_fwd(
         x=rows,
         weight=a.fc1_weight,
@@ -134,11 +130,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         y=hidden,
         act=a.act,
         eps=a.eps,
-        config=config or default_config(m, hidden_features, dtype, arch, norm=True),
-    )
-    with_residual = a.residual is not None
-    config = tuning.config(
-        "linear", table_key(m, n, hidden_features, dtype, residual=with_residual), a.x.device
+        config=launch_config(m, hidden_features, features, dtype, a.x.device, norm=True),
     )
     launch_linear_fwd(
         x=hidden,
@@ -148,7 +140,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act="none",
-        config=config or default_config(m, n, dtype, arch, residual=with_residual),
+        config=launch_config(m, n, hidden_features, dtype, a.x.device, residual=a.residual is not None),
     )
     return y
 

@@ -90,6 +90,29 @@ def table_key(
     return tuning.key(op, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
 
 
+def launch_config(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    norm: bool = False,
+    residual: bool = False,
+) -> tuning.Config:
+    """The configuration of one launch of the GEMM, for [m, k] by [n, k]."""
+    from fastvr.kernels.linear import candidate_configs, default_config
+
+    arch = backend.architecture(device)
+    return tuning.config(
+        "norm_linear" if norm else "linear",
+        table_key(m, n, k, dtype, norm=norm, residual=residual),
+        device,
+        default=lambda: default_config(m, n, dtype, arch, norm=norm, residual=residual),
+        candidates=lambda: candidate_configs(dtype, arch, norm=norm, residual=residual),
+    )
+
+
 class Arguments(NamedTuple):
     x: torch.Tensor
     weight: torch.Tensor
@@ -100,16 +123,13 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.linear import default_config, launch_linear_fwd
+    from fastvr.kernels.linear import launch_linear_fwd
 
     n, k = a.weight.shape
     y = backend.empty((*a.x.shape[:-1], n), dtype=result_dtype(a.x, a.gamma, a.residual), device=a.x.device)
     if y.numel() == 0:
         return y
     rows = as_rows(a.x)
-    m = rows.shape[0]
-    with_residual = a.residual is not None
-    config = tuning.config("linear", table_key(m, n, k, a.x.dtype, residual=with_residual), a.x.device)
     launch_linear_fwd(
         x=rows,
         weight=a.weight,
@@ -118,8 +138,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act=a.act,
-        config=config
-        or default_config(m, n, a.x.dtype, backend.architecture(a.x.device), residual=with_residual),
+        config=launch_config(rows.shape[0], n, k, a.x.dtype, a.x.device, residual=a.residual is not None),
     )
     return y
 

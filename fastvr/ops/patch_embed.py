@@ -100,7 +100,7 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.patch_embed import default_config, launch_patch_embed_fwd
+    from fastvr.kernels.patch_embed import candidate_configs, default_config, launch_patch_embed_fwd
 
     batch, tokens, d = _size(a.x, a.weight, a.prefix_tokens)
     y = backend.empty(
@@ -111,7 +111,14 @@ def _kernel(a: Arguments) -> torch.Tensor:
     x = a.x
     if sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) >= 2**31:
         x = x.contiguous()  # the kernel reaches the pixels of an image by 32-bit offsets
-    config = tuning.config("patch_embed", table_key(batch * tokens, a.weight, x.dtype), x.device)
+    arch = backend.architecture(x.device)
+    config = tuning.config(
+        "patch_embed",
+        table_key(batch * tokens, a.weight, x.dtype),
+        x.device,
+        default=lambda: default_config(batch * tokens, d, x.dtype, arch),
+        candidates=lambda: candidate_configs(x.dtype, arch),
+    )
     launch_patch_embed_fwd(
         x=x,
         weight=a.weight,
@@ -119,7 +126,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         pos_embed=unit_rows(a.pos_embed),
         prefix_tokens=unit_rows(a.prefix_tokens),
         y=y,
-        config=config or default_config(batch * tokens, d, a.x.dtype, backend.architecture(a.x.device)),
+        config=config,
     )
     return y
 

@@ -116,20 +116,31 @@ class MaxPoolArguments(NamedTuple):
 
 
 def _max_pool_kernel(a: MaxPoolArguments) -> torch.Tensor:
-    from fastvr.kernels.pool import launch_max_pool_fwd, max_pool_default_config
+    from fastvr.kernels.pool import (
+        launch_max_pool_fwd,
+        max_pool_candidate_configs,
+        max_pool_default_config,
+    )
 
     n, c, oh, ow = shape = _pooled_shape(a.x, a.window, a.stride, a.padding)
     y = backend.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
     if n == 0:
         return y
-    config = tuning.config("max_pool", max_pool_table_key(a.x, a.window, a.stride, a.padding), a.x.device)
+    arch = backend.architecture(a.x.device)
+    config = tuning.config(
+        "max_pool",
+        max_pool_table_key(a.x, a.window, a.stride, a.padding),
+        a.x.device,
+        default=lambda: max_pool_default_config(n * oh * ow, c, a.x.dtype, arch),
+        candidates=lambda: max_pool_candidate_configs(a.x.dtype, arch),
+    )
     launch_max_pool_fwd(
         x=a.x,
         y=y,
         kernel_size=(a.window[0], a.window[1]),
         stride=(a.stride[0], a.stride[1]),
         padding=(a.padding[0], a.padding[1]),
-        config=config or max_pool_default_config(n * oh * ow, c, a.x.dtype, backend.architecture(a.x.device)),
+        config=config,
     )
     return y
 
@@ -179,20 +190,30 @@ class AvgPoolLinearArguments(NamedTuple):
 
 
 def _avg_pool_linear_kernel(a: AvgPoolLinearArguments) -> torch.Tensor:
-    from fastvr.kernels.pool import avg_pool_linear_default_config, launch_avg_pool_linear_fwd
+    from fastvr.kernels.pool import (
+        avg_pool_linear_candidate_configs,
+        avg_pool_linear_default_config,
+        launch_avg_pool_linear_fwd,
+    )
 
     b, n = a.x.shape[0], a.weight.shape[0]
     y = backend.empty((b, n), dtype=a.weight.dtype, device=a.x.device)
     if y.numel() == 0:
         return y
-    config = tuning.config("avg_pool_linear", avg_pool_linear_table_key(a.x, a.weight), a.x.device)
     arch = backend.architecture(a.x.device)
+    config = tuning.config(
+        "avg_pool_linear",
+        avg_pool_linear_table_key(a.x, a.weight),
+        a.x.device,
+        default=lambda: avg_pool_linear_default_config(b, n, a.weight.dtype, arch),
+        candidates=lambda: avg_pool_linear_candidate_configs(a.weight.dtype, arch),
+    )
     launch_avg_pool_linear_fwd(
         x=a.x,
         weight=a.weight,
         bias=_check.dense(a.bias),
         y=y,
-        config=config or avg_pool_linear_default_config(b, n, a.weight.dtype, arch),
+        config=config,
     )
     return y
 
