@@ -75,6 +75,13 @@ def swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def normalize(x, mean, std):
+    """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element."""
+    scale = 1.0 / std.to(tl.float32)
+    return x.to(tl.float32) * (scale * (1.0 / 255.0)) - mean.to(tl.float32) * scale
+
+
+@triton.jit
 def relu(x):
     # tl.maximum drops NaN on a GPU
     return tl.where(x < 0, 0.0, x)

@@ -16,6 +16,25 @@ def operand(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must be float32, float16, bfloat16 or float64; got {tensor.dtype}")
 
 
+def image(
+    op: str,
+    x: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    channels: int,
+) -> None:
+    """``x`` is floating and comes without ``mean`` and ``std``, or uint8 with both, [channels], floating."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{op}: x must be a torch.Tensor; got {type(x).__name__}")
+    if x.dtype != torch.uint8:
+        operand(op, "x", x)
+    for name, vector in (("mean", mean), ("std", std)):
+        if (vector is None) == (x.dtype == torch.uint8):
+            wanted = "must be given for uint8 images" if vector is None else "is for uint8 images only"
+            raise ValueError(f"{op}: {name} {wanted}; got {None if vector is None else x.dtype}")
+        companion(op, name, vector, (channels,), x)
+
+
 def companion(
     op: str,
     name: str,
