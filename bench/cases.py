@@ -56,6 +56,9 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
         "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
+        "attention_kv": [
+            Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
+        ],
         "patch_embed": [
             Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
         ],
@@ -115,6 +118,9 @@ SMALL: dict[str, list[Case]] = {
         Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
     ],
     "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
+    "attention_kv": [
+        Case.of("attention_kv", "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)
+    ],
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
     ],
@@ -154,6 +160,10 @@ _KINDS: _Kinds = {
     "attention": [
         {"heads": heads, "head_dim": dim}
         for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+    ],
+    "attention_kv": [
+        {"heads": heads, "head_dim": dim, "queries": queries}
+        for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
     ],
     "patch_embed": [
         {"channels": 3, "patch": 16},
@@ -204,7 +214,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
     if op == "linear":
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op == "attention":
+    elif op in ("attention", "attention_kv"):
         drawn |= {"tokens": tokens}
     elif op == "patch_embed":
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))

@@ -21,7 +21,7 @@ from fastvr import backend, tuning
 from fastvr.testing import assert_parity
 
 _CHECKED = 4  # samples at either end of a batch that are held to the truth
-_SAMPLED = ("x", "qkv", "residual")
+_SAMPLED = ("x", "qkv", "q", "kv", "residual")
 
 
 def plan(dtypes: tuple[str, ...], *, small: bool) -> list[tuple[cases.Case, str]]:

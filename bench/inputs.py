@@ -15,14 +15,17 @@ from torch.utils._pytree import tree_map_only
 from fastvr import backend
 from fastvr.testing import GELU_TAIL
 
-_MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
+_MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
+
+
+def module(op: str) -> str:
+    """The file that an op shares with others of its kind."""
+    return _MODULES.get(op, op)
 
 
 def public(op: str) -> Callable[..., Tensor]:
     """``fastvr.ops.<module>.<op>``, what a user calls."""
-    function: Callable[..., Tensor] = getattr(
-        importlib.import_module(f"fastvr.ops.{_MODULES.get(op, op)}"), op
-    )
+    function: Callable[..., Tensor] = getattr(importlib.import_module(f"fastvr.ops.{module(op)}"), op)
     return function
 
 
@@ -64,6 +67,12 @@ def _linear(case: Case, make: _Maker) -> dict[str, Any]:
 def _attention(case: Case, make: _Maker) -> dict[str, Any]:
     heads = case["heads"]
     return {"qkv": make.normal(*_rows(case), 3 * heads * case["head_dim"]), "num_heads": heads}
+
+
+def _attention_kv(case: Case, make: _Maker) -> dict[str, Any]:
+    heads, width = case["heads"], case["heads"] * case["head_dim"]
+    q, kv = make.normal(case["batch"], case["queries"], width), make.normal(*_rows(case), 2 * width)
+    return {"q": q, "kv": kv, "num_heads": heads}
 
 
 def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
@@ -143,6 +152,7 @@ def _avg_pool_linear(case: Case, make: _Maker) -> dict[str, Any]:
 _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "linear": _linear,
     "attention": _attention,
+    "attention_kv": _attention_kv,
     "patch_embed": _patch_embed,
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,

@@ -33,7 +33,7 @@ def test_every_op_is_benchmarked() -> None:
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_every_op_has_a_benchmark_file(op: str) -> None:
-    module = importlib.import_module("bench_pool" if "pool" in op else f"bench_{op}")
+    module = importlib.import_module(f"bench_{inputs.module(op)}")
     assert callable(getattr(module, f"test_{op}"))
 
 
