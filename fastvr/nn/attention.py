@@ -84,7 +84,8 @@ class Attention(nn.Module):
         # split, and not slices: their gradients would each be padded to the whole
         q_weight, kv_weight = qkv.weight.split([dim, 2 * dim])
         q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
-        q = linear_op(x[:, :1], q_weight, q_bias)
+        # of rows, not of samples with one: PyTorch would add the bias in a launch of its own
+        q = linear_op(x[:, 0], q_weight, q_bias)[:, None]
         y = attention_kv(q, linear_op(x, kv_weight, kv_bias), self.num_heads, scale=self.scale)
         return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual)
 
