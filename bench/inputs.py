@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
+from fastvr.reference.linear_stats import row_stats
 from fastvr.testing import GELU_TAIL
 
 _MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
@@ -61,6 +62,28 @@ def _linear(case: Case, make: _Maker) -> dict[str, Any]:
         "act": case.get("act", "none"),
         "gamma": make.normal(n) if case.get("gamma") else None,
         "residual": make.normal(*_rows(case), n) if case.get("residual") else None,
+    }
+
+
+def _by_rows(case: Case, make: _Maker) -> dict[str, Any]:
+    """linear's arguments with one dimension for samples and tokens: statistics have one for both."""
+    given = _linear(case, make)
+    for name in ("x", "residual"):
+        given[name] = None if given[name] is None else given[name].flatten(0, -2)
+    return given
+
+
+def _norm_linear(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _by_rows(case, make)
+    x, weight = given["x"], given["weight"]
+    return {
+        "x": x,
+        "stats": row_stats(x),
+        "weight": weight,
+        "colsum": weight.float().sum(1),
+        "bias": None if given["bias"] is None else given["bias"].float(),
+        "act": given["act"],
+        "eps": 1e-6,
     }
 
 
@@ -151,6 +174,8 @@ def _avg_pool_linear(case: Case, make: _Maker) -> dict[str, Any]:
 
 _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "linear": _linear,
+    "linear_stats": _by_rows,
+    "norm_linear": _norm_linear,
     "attention": _attention,
     "attention_kv": _attention_kv,
     "patch_embed": _patch_embed,
@@ -182,7 +207,7 @@ def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_floor(case: Case) -> float:
     """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
-    return GELU_TAIL if case.op == "linear" and case.get("act") == "gelu" else 0.0
+    return GELU_TAIL if case.op in ("linear", "norm_linear") and case.get("act") == "gelu" else 0.0
 
 
 class SchemaCalls(TorchDispatchMode):
