@@ -55,7 +55,18 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
+        "linear_stats": [
+            Case.of("linear_stats", f"{name} proj", **size, k=dim, n=dim, residual=True),
+            Case.of("linear_stats", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+        ],
+        "norm_linear": [
+            Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
+            Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
+        ],
         "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
+        "attention_kv": [
+            Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
+        ],
         "patch_embed": [
             Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
         ],
@@ -114,7 +125,12 @@ SMALL: dict[str, list[Case]] = {
         Case.of("linear", "fc2", batch=2, tokens=50, k=768, n=192, gamma=True, residual=True),
         Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
     ],
+    "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
+    "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
     "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
+    "attention_kv": [
+        Case.of("attention_kv", "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)
+    ],
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
     ],
@@ -137,6 +153,11 @@ SMALL: dict[str, list[Case]] = {
 OPS = tuple(SMALL)
 
 
+def ops(dtype: str) -> tuple[str, ...]:
+    """The ops with a kernel for ``dtype``: a LayerNorm is folded into 16-bit weights only."""
+    return tuple(op for op in OPS if op != "norm_linear" or dtype != "float32")
+
+
 def cases(op: str, *, real: bool) -> list[Case]:
     return (REAL if real else SMALL)[op]
 
@@ -151,9 +172,15 @@ _KINDS: _Kinds = {
         {"act": "relu", "bias": False, "residual": True},
         {"act": "gelu_tanh"},
     ],
+    "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
+    "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
     "attention": [
         {"heads": heads, "head_dim": dim}
         for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+    ],
+    "attention_kv": [
+        {"heads": heads, "head_dim": dim, "queries": queries}
+        for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
     ],
     "patch_embed": [
         {"channels": 3, "patch": 16},
@@ -202,9 +229,9 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     drawn = {"batch": pick(1, 2, 3, large=(7, 33))} | rng.choice(_KINDS[op] + extra)
     tokens = pick(1, 5, 17, 50, large=(49, 196, 197, 201, 257, 577, 1025, 1370))
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
-    if op == "linear":
+    if op in ("linear", "linear_stats", "norm_linear"):
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op == "attention":
+    elif op in ("attention", "attention_kv"):
         drawn |= {"tokens": tokens}
     elif op == "patch_embed":
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))

@@ -13,16 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
+from fastvr.reference.linear_stats import row_stats
 from fastvr.testing import GELU_TAIL
 
-_MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
+_MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
+
+
+def module(op: str) -> str:
+    """The file that an op shares with others of its kind."""
+    return _MODULES.get(op, op)
 
 
 def public(op: str) -> Callable[..., Tensor]:
     """``fastvr.ops.<module>.<op>``, what a user calls."""
-    function: Callable[..., Tensor] = getattr(
-        importlib.import_module(f"fastvr.ops.{_MODULES.get(op, op)}"), op
-    )
+    function: Callable[..., Tensor] = getattr(importlib.import_module(f"fastvr.ops.{module(op)}"), op)
     return function
 
 
@@ -61,9 +65,37 @@ def _linear(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _by_rows(case: Case, make: _Maker) -> dict[str, Any]:
+    """linear's arguments with one dimension for samples and tokens: statistics have one for both."""
+    given = _linear(case, make)
+    for name in ("x", "residual"):
+        given[name] = None if given[name] is None else given[name].flatten(0, -2)
+    return given
+
+
+def _norm_linear(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _by_rows(case, make)
+    x, weight = given["x"], given["weight"]
+    return {
+        "x": x,
+        "stats": row_stats(x),
+        "weight": weight,
+        "colsum": weight.float().sum(1),
+        "bias": None if given["bias"] is None else given["bias"].float(),
+        "act": given["act"],
+        "eps": 1e-6,
+    }
+
+
 def _attention(case: Case, make: _Maker) -> dict[str, Any]:
     heads = case["heads"]
     return {"qkv": make.normal(*_rows(case), 3 * heads * case["head_dim"]), "num_heads": heads}
+
+
+def _attention_kv(case: Case, make: _Maker) -> dict[str, Any]:
+    heads, width = case["heads"], case["heads"] * case["head_dim"]
+    q, kv = make.normal(case["batch"], case["queries"], width), make.normal(*_rows(case), 2 * width)
+    return {"q": q, "kv": kv, "num_heads": heads}
 
 
 def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
@@ -142,7 +174,10 @@ def _avg_pool_linear(case: Case, make: _Maker) -> dict[str, Any]:
 
 _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "linear": _linear,
+    "linear_stats": _by_rows,
+    "norm_linear": _norm_linear,
     "attention": _attention,
+    "attention_kv": _attention_kv,
     "patch_embed": _patch_embed,
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,
@@ -172,7 +207,7 @@ def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_floor(case: Case) -> float:
     """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
-    return GELU_TAIL if case.op == "linear" and case.get("act") == "gelu" else 0.0
+    return GELU_TAIL if case.op in ("linear", "norm_linear") and case.get("act") == "gelu" else 0.0
 
 
 class SchemaCalls(TorchDispatchMode):

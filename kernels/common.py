@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvr.backend import interpreting
 
@@ -50,6 +52,28 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
 def ceil_div(x: int, y: int) -> int:
     # triton.cdiv is made for kernels: on the host it takes microseconds, at every launch
     return -(-x // y)
+
+
+def tma_descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor | None:
+    """A descriptor of ``block``-sized blocks of a 16-bit matrix, or None where TMA cannot read it: rows must
+    be contiguous, and start at multiples of 16 bytes."""
+    step = matrix.stride(0)
+    aligned = step % 8 == 0 and matrix.data_ptr() % 16 == 0
+    if not aligned or matrix.stride(1) != 1 or step < matrix.shape[1] or matrix.dtype.itemsize != 2:
+        return None
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent grid has. Without a GPU a few, so that each takes several tiles."""
+    if device.type != "cuda":
+        return 2
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:

@@ -169,7 +169,7 @@ def test_every_knob_names_its_candidates() -> None:
     import launches
 
     for op, listed in cases.REAL.items():
-        for dtype in cases.DTYPES:
+        for dtype in (name for name in cases.DTYPES if op in cases.ops(name)):
             for arch in ("sm_90", "gfx942"):
                 consulted = launches.consult(listed[0], dtype, arch)
                 assert consulted.choices, op
@@ -177,7 +177,7 @@ def test_every_knob_names_its_candidates() -> None:
     names = [
         knob.name for knob in launches.consult(cases.REAL["layernorm_mlp"][0], "bfloat16", "sm_90").knobs
     ]
-    assert names == ["norm_linear", "linear"]
+    assert names == ["layernorm_linear", "linear"]
 
 
 def test_summary_of_nothing_and_of_a_damaged_file(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Configurations of `linear.py`: what a tuner may choose from, and what runs without a measurement."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fastvr.kernels.common import ceil_div
+
+Config = dict[str, int]
+# What a launch does beside linear's: row statistics behind it, LayerNorm folded into the weight, LayerNorm on
+# the way in. Each is a kernel of its own to the compiler.
+Kind = Literal["linear", "linear_stats", "norm_linear", "layernorm_linear"]
+
+
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: int) -> Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return {**blocks, **choices, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def candidate_configs(
+    dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False, m: int | None = None
+) -> list[Config]:
+    """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
+    sample)."""
+    if arch == "interpreter":
+        return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
+    if dtype == torch.float32:
+        # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
+        return [
+            _tile(64, 64, 32, 4, 2),
+            _tile(64, 64, 16, 8, 2),
+            _tile(32, 64, 16, 4, 2),
+            _tile(16, 64, 16, 4, 2),
+        ]
+    if arch.startswith("gfx"):
+        stages, thin_k = 2, 64
+    else:
+        stages, thin_k = 3, 128
+    tiles = [
+        _tile(128, 128, 64, 8, stages),
+        _tile(128, 64, 64, 4, stages),
+        _tile(64, 64, 64, 4, stages),
+        _tile(16, 64, thin_k, 4, stages),
+    ]
+    if arch in ("sm_90", "sm_100") and kind == "linear" and not residual:  # else this tile spills
+        tiles.insert(0, _tile(128, 256, 64, 8, stages))
+    return tiles
+
+
+def default_config(
+    m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False
+) -> Config:
+    """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows."""
+    tiles = candidate_configs(dtype, arch, kind=kind, residual=residual)
+    if m <= 32:
+        return tiles[-1]
+    for tile in tiles[:-1]:
+        if ceil_div(m, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]) >= 256:
+            return tile
+    return tiles[-2] if len(tiles) > 2 else tiles[0]
