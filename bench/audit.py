@@ -75,6 +75,10 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
     cards that differ from sm_80 in little but their shared memory."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
+    # configurations for a small batch only
+    known = {job.forced for job in swept}
+    few = [job for job in _own(op, dtype, arch, todo[0].at_batch(1)) if job.forced not in known]
+    swept[-1:-1] = few
     if dtype == "float16":
         # bfloat16's code but for the activation
         return [] if op in ("layer_norm", "max_pool") else swept[:1]
@@ -175,9 +179,10 @@ def audit(task: Task) -> list[Row]:
 
 
 def _carries(launch: launches.Launch, job: Job) -> bool:
-    """False for an op's other launch, which has a configuration of its own."""
+    """False for an op's other launch, which has a configuration of its own. One that only finishes the work
+    (the sum behind a split product) takes a part of the configuration."""
     passed = launch.arguments | launch.options
-    return any(all(passed.get(key) == value for key, value in config) for _, config in job.forced)
+    return any(all(passed.get(key, value) == value for key, value in config) for _, config in job.forced)
 
 
 def source_rows() -> list[Row]:

@@ -14,6 +14,11 @@ Config = dict[str, int]
 Kind = Literal["linear", "linear_stats", "norm_linear", "layernorm_linear"]
 
 
+_THIN_ROWS = 32
+# rows of which 64x64 tiles leave most of a large GPU idle where N is 768
+_SPLIT_ROWS = 512
+
+
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: int) -> Config:
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
     return {**blocks, **choices, "num_warps": num_warps, "num_stages": num_stages}
@@ -28,24 +33,26 @@ def candidate_configs(
         return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
     if dtype == torch.float32:
         # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
-        return [
-            _tile(64, 64, 32, 4, 2),
-            _tile(64, 64, 16, 8, 2),
-            _tile(32, 64, 16, 4, 2),
-            _tile(16, 64, 16, 4, 2),
-        ]
-    if arch.startswith("gfx"):
-        stages, thin_k = 2, 64
-    else:
-        stages, thin_k = 3, 128
-    tiles = [
-        _tile(128, 128, 64, 8, stages),
-        _tile(128, 64, 64, 4, stages),
-        _tile(64, 64, 64, 4, stages),
-        _tile(16, 64, thin_k, 4, stages),
-    ]
-    if arch in ("sm_90", "sm_100") and kind == "linear" and not residual:  # else this tile spills
-        tiles.insert(0, _tile(128, 256, 64, 8, stages))
+        tiles = [_tile(64, 64, 32, 4, 2), _tile(32, 64, 16, 4, 2), _tile(16, 64, 16, 4, 2)]
+        if kind != "linear_stats":  # there this one spills
+            tiles.insert(1, _tile(64, 64, 16, 8, 2))
+        return tiles
+    hopper = arch in ("sm_90", "sm_100")
+    # LayerNorm on the way in goes through registers
+    tma = {"TMA": 1} if hopper and kind != "layernorm_linear" else {}
+    stages, thin_k = (2, 64) if arch.startswith("gfx") else (3, 128)
+    tiles = [_tile(128, 128, 64, 8, stages, **tma)]
+    if tma:
+        # 1 program a multiprocessor instead of 2, for a quarter less to load
+        tiles.append(_tile(128, 256, 64, 8, 4, TMA=1))
+        tiles.append(_tile(128, 256, 64, 8, 4, TMA=1, PERSISTENT=1))
+        tiles.append(_tile(128, 128, 64, 8, stages))
+    tiles += [_tile(128, 64, 64, 4, stages), _tile(64, 64, 64, 4, stages)]
+    if m is not None and m <= _SPLIT_ROWS:
+        tiles.append(_tile(64, 64, 64, 4, stages, SPLIT_K=4))
+        if m <= _THIN_ROWS:
+            tiles.append(_tile(16, 64, 64, 4, stages, SPLIT_K=4))
+    tiles.append(_tile(16, 64, thin_k, 4, stages))
     return tiles
 
 
@@ -54,7 +61,7 @@ def default_config(
 ) -> Config:
     """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows."""
     tiles = candidate_configs(dtype, arch, kind=kind, residual=residual)
-    if m <= 32:
+    if m <= _THIN_ROWS:
         return tiles[-1]
     for tile in tiles[:-1]:
         if ceil_div(m, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]) >= 256:

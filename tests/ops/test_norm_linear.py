@@ -133,7 +133,7 @@ def test_folding_without_biases(missing):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_configuration(arch, dtype, device):
     given = inputs((2, 75), 200, 330, dtype, device, act="gelu")
-    for config in kernels.candidate_configs(dtype, arch, kind="norm_linear", m=150):
+    for config in kernels.candidate_configs(dtype, arch, kind="norm_linear", m=20):
         with tuning.force_config("norm_linear", config):
             check(given)
 
