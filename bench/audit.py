@@ -123,6 +123,8 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
 def _config_text(launch: launches.Launch) -> str:
     blocks = [str(v) for k, v in launch.arguments.items() if k.startswith("BLOCK_")]
     options = launch.options
+    chosen = {name: int(launch.arguments.get(name) or 0) for name in ("TMA", "PERSISTENT", "SPLIT_K")}
+    blocks[-1:] = [" ".join([*blocks[-1:], *(f"{k}={v}" for k, v in chosen.items() if v > (k == "SPLIT_K"))])]
     return "x".join(blocks) + f" w{options.get('num_warps', '-')} s{options.get('num_stages', '-')}"
 
 

@@ -43,9 +43,11 @@ __all__ = ["candidate_configs", "default_config", "launch_linear_fwd"]
 
 
 @triton.jit
-def row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and 1 / deviation of rows of K elements, from the statistics of their chunks."""
-    mean, m2 = merge_row_stats(row_stats_ptr, offs_m, offs_m < M, K, STATS_CHUNK, CHUNKS)
+def row_scale(
+    row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Mean and 1 / deviation of BLOCK_M rows of K elements, from the statistics of their chunks."""
+    mean, m2 = merge_row_stats(row_stats_ptr, offs_m, offs_m < M, K, STATS_CHUNK, CHUNKS, BLOCK_M)
     return mean, tl.rsqrt(m2 / K + eps)
 
 
@@ -92,6 +94,32 @@ def finish_tile(
     if stats_ptr is not None:
         # of the value as stored: the next launch multiplies that one
         store_row_stats(stats_ptr, y.to(tl.float32), offs_m, offs_n, M, N, STATS_CHUNK, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def finish_parts(
+    acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr, stats_ptr,
+    stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
+    programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
+    if BLOCK_N >= 128:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        finish_parts(
+            left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
+        finish_parts(
+            right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+            y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        finish_tile(
+            acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -188,26 +216,11 @@ def _linear_fwd_kernel(
             tl.store(rows + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
         else:
             if colsum_ptr is not None:
-                mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS)
-            if BLOCK_N >= 128:
-                # one half of the columns after the other: the epilogue takes registers for half a tile only,
-                # which keeps two programs of 128x128 on a multiprocessor, and 128x256 from spilling
-                WIDTH: tl.constexpr = BLOCK_N // 2
-                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, WIDTH)), (0, 2, 1)))
-                finish_tile(
-                    left, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr,
-                    colsum_ptr, y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, WIDTH,
-                )  # fmt: skip
-                finish_tile(
-                    right, mean, rstd, offs_m, pid_n * BLOCK_N + WIDTH, M, N, bias_ptr, gamma_ptr,
-                    residual_ptr, colsum_ptr, y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK,
-                    BLOCK_M, WIDTH,
-                )  # fmt: skip
-            else:
-                finish_tile(
-                    acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr,
-                    colsum_ptr, y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+                mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M)
+            finish_parts(
+                acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+                y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -245,7 +258,7 @@ def _linear_sum_kernel(
     mean = tl.zeros((ROWS,), tl.float32)
     rstd = mean
     if colsum_ptr is not None:
-        mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS)
+        mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
         acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
         stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,

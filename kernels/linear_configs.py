@@ -28,7 +28,11 @@ def candidate_configs(
     dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False, m: int | None = None
 ) -> list[Config]:
     """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
-    sample)."""
+    sample). Those that split K come with the ``m`` rows that are few enough for it.
+
+    None has warp specialisation: on sm_90 Triton's pass for it halves x's block for two groups of warps, which
+    a host descriptor cannot follow, and it stops at the reductions of the row statistics.
+    """
     if arch == "interpreter":
         return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
     if dtype == torch.float32:
@@ -37,21 +41,22 @@ def candidate_configs(
         if kind != "linear_stats":  # there this one spills
             tiles.insert(1, _tile(64, 64, 16, 8, 2))
         return tiles
-    hopper = arch in ("sm_90", "sm_100")
-    # LayerNorm on the way in goes through registers
-    tma = {"TMA": 1} if hopper and kind != "layernorm_linear" else {}
+    # LayerNorm on the way in goes through registers, which TMA does not
+    tma = {"TMA": 1} if arch in ("sm_90", "sm_100") and kind != "layernorm_linear" else {}
     stages, thin_k = (2, 64) if arch.startswith("gfx") else (3, 128)
+    # 98 KB and at most 128 registers with TMA: two programs fit a multiprocessor, so that one's epilogue runs
+    # beneath the other's product, and with ViT's short K the epilogue is no small part
     tiles = [_tile(128, 128, 64, 8, stages, **tma)]
     if tma:
-        # 1 program a multiprocessor instead of 2, for a quarter less to load
-        tiles.append(_tile(128, 256, 64, 8, 4, TMA=1))
-        tiles.append(_tile(128, 256, 64, 8, 4, TMA=1, PERSISTENT=1))
+        # a quarter less to load for each product, but alone on its multiprocessor
+        tiles.append(_tile(128, 256, 64, 8, 4, **tma))
+        tiles.append(_tile(128, 256, 64, 8, 4, **tma, PERSISTENT=1))
         tiles.append(_tile(128, 128, 64, 8, stages))
     tiles += [_tile(128, 64, 64, 4, stages), _tile(64, 64, 64, 4, stages)]
     if m is not None and m <= _SPLIT_ROWS:
         tiles.append(_tile(64, 64, 64, 4, stages, SPLIT_K=4))
-        if m <= _THIN_ROWS:
-            tiles.append(_tile(16, 64, 64, 4, stages, SPLIT_K=4))
+    if m is not None and m <= _THIN_ROWS:
+        tiles.append(_tile(16, 64, 64, 4, stages, SPLIT_K=4))
     tiles.append(_tile(16, 64, thin_k, 4, stages))
     return tiles
 
@@ -59,7 +64,8 @@ def candidate_configs(
 def default_config(
     m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False
 ) -> Config:
-    """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows."""
+    """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows. K is
+    never split: whether that is worth its second launch is for a measurement to say."""
     tiles = candidate_configs(dtype, arch, kind=kind, residual=residual)
     if m <= _THIN_ROWS:
         return tiles[-1]

@@ -42,16 +42,18 @@ def row_moments(x_ptrs, row_mask, K, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def merge_row_stats(stats_ptr, rows, row_mask, K, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and M2 of rows of K elements, from the statistics of their chunks (`store_row_stats`); CHUNKS is a
-    power of two that holds them all."""
+def merge_row_stats(
+    stats_ptr, rows, row_mask, K, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Mean and M2 of BLOCK_M rows of K elements, from the statistics of their chunks (`store_row_stats`);
+    CHUNKS is a power of two that holds them all."""
     chunks = tl.cdiv(K, CHUNK)
-    chunk = tl.arange(0, CHUNKS)
-    ptrs = stats_ptr + (rows[:, None] * chunks + chunk[None, :]) * 2
-    mask = row_mask[:, None] & (chunk < chunks)[None, :]
-    mean = tl.load(ptrs, mask=mask, other=0.0)
-    m2 = tl.load(ptrs + 1, mask=mask, other=0.0)
-    size = tl.minimum(tl.maximum(K - chunk * CHUNK, 0), CHUNK).to(tl.float32)[None, :]
+    # both of a chunk in one load: half as many addresses to hold
+    part = tl.arange(0, 2 * CHUNKS)
+    ptrs = stats_ptr + rows[:, None] * (2 * chunks) + part[None, :]
+    both = tl.load(ptrs, mask=row_mask[:, None] & (part < 2 * chunks)[None, :], other=0.0)
+    mean, m2 = tl.split(tl.reshape(both, (BLOCK_M, CHUNKS, 2)))
+    size = tl.minimum(tl.maximum(K - tl.arange(0, CHUNKS) * CHUNK, 0), CHUNK).to(tl.float32)[None, :]
     whole = tl.sum(mean * size, 1) / K
     deviation = mean - whole[:, None]
     return whole, tl.sum(m2 + deviation * deviation * size, 1)
@@ -81,5 +83,5 @@ def store_row_stats(
     m2 = tl.sum(deviation * deviation, 2)
     ptrs = stats_ptr + (offs_m[:, None] * tl.cdiv(N, CHUNK) + (first // CHUNK)[None, :]) * 2
     mask = (offs_m < M)[:, None] & (first < N)[None, :]
-    tl.store(ptrs, mean, mask=mask)
-    tl.store(ptrs + 1, m2, mask=mask)
+    pair = tl.arange(0, 2)[None, None, :]
+    tl.store(ptrs[:, :, None] + pair, tl.join(mean, m2), mask=mask[:, :, None])
