@@ -31,9 +31,11 @@ from fastvr.kernels.common import (
     ceil_div,
     dot_precision,
     launch,
+    let_next_launch_begin,
     multiprocessors,
     swizzle,
     tma_descriptor,
+    wait_for_launch_before,
 )
 from fastvr.kernels.linear_configs import candidate_configs, default_config
 from fastvr.kernels.moments import merge_row_stats, row_moments, store_row_stats
@@ -157,7 +159,9 @@ def _linear_fwd_kernel(
     SPLIT_K: tl.constexpr = 1,
     TMA: tl.constexpr = 0,
     PERSISTENT: tl.constexpr = 0,
+    PDL: tl.constexpr = 0,
 ):
+    wait_for_launch_before(PDL)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     first, stop = 0, K
@@ -210,6 +214,7 @@ def _linear_fwd_kernel(
                 x_ptrs += BLOCK_K * stride_xk
                 w_ptrs += BLOCK_K * stride_wk
 
+        let_next_launch_begin(PDL)
         if SPLIT_K > 1:
             # y is the workspace here, [SPLIT_K, M, N]
             rows = y_ptr + (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N
@@ -244,8 +249,11 @@ def _linear_sum_kernel(
     CHUNKS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """What `_linear_fwd_kernel` does behind its product, for one that was split: ROWS rows of one chunk."""
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
     num_n = tl.cdiv(N, STATS_CHUNK)
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_n = (tl.program_id(0) % num_n) * STATS_CHUNK

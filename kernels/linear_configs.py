@@ -13,10 +13,8 @@ Config = dict[str, int]
 # the way in. Each is a kernel of its own to the compiler.
 Kind = Literal["linear", "linear_stats", "norm_linear", "layernorm_linear"]
 
-
-_THIN_ROWS = 32
-# rows of which 64x64 tiles leave most of a large GPU idle where N is 768
-_SPLIT_ROWS = 512
+_THIN_ROWS = 32  # half of a 64-row tile and less
+_SPLIT_ROWS = 512  # 96 tiles of 64x64 where N is 768, fewer than a large GPU has multiprocessors
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: int) -> Config:
@@ -25,13 +23,13 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: in
 
 
 def candidate_configs(
-    dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False, m: int | None = None
+    dtype: torch.dtype, arch: str, *, kind: Kind = "linear", m: int | None = None
 ) -> list[Config]:
     """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
     sample). Those that split K come with the ``m`` rows that are few enough for it.
 
-    None has warp specialisation: on sm_90 Triton's pass for it halves x's block for two groups of warps, which
-    a host descriptor cannot follow, and it stops at the reductions of the row statistics.
+    None has warp specialisation: Triton's pass for it on sm_90 halves x's block for two groups of warps,
+    where a host descriptor cannot follow, and stops at the reductions of the row statistics.
     """
     if arch == "interpreter":
         return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
@@ -61,12 +59,10 @@ def candidate_configs(
     return tiles
 
 
-def default_config(
-    m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear", residual: bool = False
-) -> Config:
+def default_config(m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear") -> Config:
     """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows. K is
     never split: whether that is worth its second launch is for a measurement to say."""
-    tiles = candidate_configs(dtype, arch, kind=kind, residual=residual)
+    tiles = candidate_configs(dtype, arch, kind=kind)
     if m <= _THIN_ROWS:
         return tiles[-1]
     for tile in tiles[:-1]:
