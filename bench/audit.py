@@ -75,6 +75,10 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
     cards that differ from sm_80 in little but their shared memory."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
+    # configurations for a small batch only
+    known = {job.forced for job in swept}
+    few = [job for job in _own(op, dtype, arch, todo[0].at_batch(1)) if job.forced not in known]
+    swept[-1:-1] = few
     if dtype == "float16":
         # bfloat16's code but for the activation
         return [] if op in ("layer_norm", "max_pool") else swept[:1]
@@ -119,6 +123,8 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
 def _config_text(launch: launches.Launch) -> str:
     blocks = [str(v) for k, v in launch.arguments.items() if k.startswith("BLOCK_")]
     options = launch.options
+    chosen = {name: int(launch.arguments.get(name) or 0) for name in ("TMA", "PERSISTENT", "SPLIT_K")}
+    blocks[-1:] = [" ".join([*blocks[-1:], *(f"{k}={v}" for k, v in chosen.items() if v > (k == "SPLIT_K"))])]
     return "x".join(blocks) + f" w{options.get('num_warps', '-')} s{options.get('num_stages', '-')}"
 
 
@@ -175,9 +181,10 @@ def audit(task: Task) -> list[Row]:
 
 
 def _carries(launch: launches.Launch, job: Job) -> bool:
-    """False for an op's other launch, which has a configuration of its own."""
+    """False for an op's other launch, which has a configuration of its own. One that only finishes the work
+    (the sum behind a split product) takes a part of the configuration."""
     passed = launch.arguments | launch.options
-    return any(all(passed.get(key) == value for key, value in config) for _, config in job.forced)
+    return any(all(passed.get(key, value) == value for key, value in config) for _, config in job.forced)
 
 
 def source_rows() -> list[Row]:

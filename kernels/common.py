@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvr.backend import interpreting
+from fastvr.backend import architecture, interpreting
 
 # A recorder takes (kernel, grid, arguments, options) in place of the launch.
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, int]], None]
 _recorders: list[Recorder] = []
+_overlapping: contextvars.ContextVar[bool] = contextvars.ContextVar("overlapping", default=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
@@ -28,10 +30,13 @@ def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **argumen
     arguments |= {name: value for name, value in config.items() if name.isupper()}
     # Triton 3.10 changes the default, and the parity figures are those of contracted multiply-adds
     options["enable_fp_fusion"] = True
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    if _overlapping.get() and "PDL" in kernel.arg_names and _can_overlap(architecture(device)):
+        arguments["PDL"] = 1
+        options["launch_pdl"] = True
     if _recorders:
         _recorders[-1](kernel, grid, arguments, options)
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**arguments, **options)
@@ -47,6 +52,37 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _recorders.pop()
+
+
+@functools.cache
+def _can_overlap(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+@contextlib.contextmanager
+def overlapping_launches() -> Iterator[None]:
+    """Launches inside the block begin while the one before them still runs, where kernel and GPU can: those
+    with a ``PDL`` argument, from sm_90 on (CUDA's programmatic dependent launch). Of use where launches are
+    short and many, as in a CUDA graph of a small batch."""
+    token = _overlapping.set(True)
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
+
+
+@triton.jit
+def wait_for_launch_before(PDL: tl.constexpr):
+    """To be called before anything is read or written: what the launch before wrote is there from here on."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_launch_begin(PDL: tl.constexpr):
+    """The next launch may take its place; it waits itself until this one has ended."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def ceil_div(x: int, y: int) -> int:

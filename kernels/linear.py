@@ -14,7 +14,6 @@ One source, and what a configuration chooses of it:
 
 - TMA: x and weight by tensor descriptors, which copy whole blocks to shared memory without registers.
 - PERSISTENT: as many programs as the GPU has multiprocessors, each of which takes tile after tile.
-- WARP_SPECIALIZE: in a persistent grid, other warps load than multiply.
 - SPLIT_K: so many programs share a tile's K. Each leaves its float32 part in a workspace, and a second
   launch sums them in their order: the same bits every time.
 """
@@ -32,9 +31,11 @@ from fastvr.kernels.common import (
     ceil_div,
     dot_precision,
     launch,
+    let_next_launch_begin,
     multiprocessors,
     swizzle,
     tma_descriptor,
+    wait_for_launch_before,
 )
 from fastvr.kernels.linear_configs import candidate_configs, default_config
 from fastvr.kernels.moments import merge_row_stats, row_moments, store_row_stats
@@ -44,35 +45,43 @@ __all__ = ["candidate_configs", "default_config", "launch_linear_fwd"]
 
 
 @triton.jit
+def row_scale(
+    row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Mean and 1 / deviation of BLOCK_M rows of K elements, from the statistics of their chunks."""
+    mean, m2 = merge_row_stats(row_stats_ptr, offs_m, offs_m < M, K, STATS_CHUNK, CHUNKS, BLOCK_M)
+    return mean, tl.rsqrt(m2 / K + eps)
+
+
+@triton.jit
 def finish_tile(
     acc,  # [BLOCK_M, BLOCK_N] float32
+    mean,  # [BLOCK_M] float32, with colsum
+    rstd,  # [BLOCK_M] float32, with colsum
     offs_m,
-    offs_n,
+    first_n,
     M,
     N,
-    K,
     bias_ptr,  # [N] or None
     gamma_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
-    row_stats_ptr,  # [M, ceil(K / STATS_CHUNK), 2] float32, with colsum
     colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
     y_ptr,  # [M, N]
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
     stride_rm,
     stride_ym,
-    eps,
     ACT: tl.constexpr,
     STATS_CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Everything behind the product, and the one rounding."""
+    """Everything behind the product, for the columns from ``first_n``, and the one rounding."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
     if colsum_ptr is not None:
-        mean, m2 = merge_row_stats(row_stats_ptr, offs_m, mask_m, K, STATS_CHUNK, BLOCK_M)
         colsum = tl.load(colsum_ptr + offs_n, mask=mask_n, other=0.0)
-        acc = (acc - mean[:, None] * colsum[None, :]) * tl.rsqrt(m2 / K + eps)[:, None]
+        acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACT, y_ptr.dtype.element_ty)
@@ -90,109 +99,29 @@ def finish_tile(
 
 
 @triton.jit
-def _linear_tile(
-    tile,
-    x,
-    weight,
-    bias_ptr,
-    ln_weight_ptr,
-    ln_bias_ptr,
-    gamma_ptr,
-    residual_ptr,
-    row_stats_ptr,
-    colsum_ptr,
-    y_ptr,
-    stats_ptr,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_rm,
-    stride_ym,
-    eps,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STATS_CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+def finish_parts(
+    acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr, stats_ptr,
+    stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    pid_m, pid_n = swizzle(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    first, stop = 0, K
-    if SPLIT_K > 1:
-        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        first = tl.program_id(1) * part
-        stop = tl.minimum(first + part, K)
-    if not TMA:
-        # rows and columns past the end repeat the last ones: no masks along them, and they are never stored
-        x_rows = x + tl.minimum(offs_m, M - 1)[:, None] * stride_xm
-        w_columns = weight + tl.minimum(offs_n, N - 1)[None, :] * stride_wn
-        if ln_weight_ptr is not None:
-            mean, m2 = row_moments(x_rows, offs_m < M, K, stride_xk, BLOCK_M, BLOCK_K)
-            rstd = tl.rsqrt(m2 / K + eps)
-        x_ptrs = x_rows + (first + offs_k)[None, :] * stride_xk
-        w_ptrs = w_columns + (first + offs_k)[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, stop, BLOCK_K):
-        inside = offs_k < K - start
-        if TMA:
-            x_block = x.load([pid_m * BLOCK_M, start])
-            w_block = weight.load([pid_n * BLOCK_N, start]).T
-        elif EVEN_K:
-            x_block = tl.load(x_ptrs)
-            w_block = tl.load(w_ptrs)
-        else:
-            x_block = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-            w_block = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
-        if ln_weight_ptr is not None:
-            scale = tl.load(ln_weight_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
-            normed = (x_block.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
-            if ln_bias_ptr is not None:
-                shift = tl.load(ln_bias_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
-                normed += shift[None, :]
-            x_block = normed.to(w_block.dtype)
-        acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION)
-        if not TMA:
-            x_ptrs += BLOCK_K * stride_xk
-            w_ptrs += BLOCK_K * stride_wk
-    if SPLIT_K > 1:
-        # y is the workspace here, [SPLIT_K, M, N]
-        part_ptr = y_ptr + tl.program_id(1).to(tl.int64) * M * N
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(part_ptr + offs_m[:, None] * N + offs_n[None, :], acc, mask=mask)
+):  # fmt: skip
+    """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
+    programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
+    if BLOCK_N >= 128:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        finish_parts(
+            left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
+        finish_parts(
+            right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+            y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
     else:
         finish_tile(
-            acc,
-            offs_m,
-            offs_n,
-            M,
-            N,
-            K,
-            bias_ptr,
-            gamma_ptr,
-            residual_ptr,
-            row_stats_ptr,
-            colsum_ptr,
-            y_ptr,
-            stats_ptr,
-            stride_rm,
-            stride_ym,
-            eps,
-            ACT,
-            STATS_CHUNK,
-            BLOCK_M,
-            BLOCK_N,
-        )
+            acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -222,6 +151,7 @@ def _linear_fwd_kernel(
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     STATS_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -229,31 +159,78 @@ def _linear_fwd_kernel(
     SPLIT_K: tl.constexpr = 1,
     TMA: tl.constexpr = 0,
     PERSISTENT: tl.constexpr = 0,
-    WARP_SPECIALIZE: tl.constexpr = 0,
+    PDL: tl.constexpr = 0,
 ):
+    wait_for_launch_before(PDL)
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    first, stop = 0, K
+    if SPLIT_K > 1:
+        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(1) * part
+        stop = tl.minimum(first + part, K)
+    rounds = 1  # a constant, which the compiler sees through
     if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(
-            tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=WARP_SPECIALIZE == 1
-        ):
-            _linear_tile(
-                tile, x, weight, bias_ptr, ln_weight_ptr, ln_bias_ptr, gamma_ptr, residual_ptr, row_stats_ptr,
-                colsum_ptr, y_ptr, stats_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_rm,
-                stride_ym, eps, ACT, PRECISION, EVEN_K, STATS_CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                SPLIT_K, TMA,
+        rounds = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0))
+    for turn in range(rounds):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        pid_m, pid_n = swizzle(tile, num_m, num_n, GROUP_M)
+        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if not TMA:
+            # rows and columns past the end repeat the last ones: no masks along them, and they are never
+            # stored
+            x_rows = x + tl.minimum(offs_m, M - 1)[:, None] * stride_xm
+            w_columns = weight + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :] * stride_wn
+            x_ptrs = x_rows + (first + offs_k)[None, :] * stride_xk
+            w_ptrs = w_columns + (first + offs_k)[:, None] * stride_wk
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        rstd = mean
+        if ln_weight_ptr is not None:
+            mean, m2 = row_moments(x_rows, offs_m < M, K, stride_xk, BLOCK_M, BLOCK_K)
+            rstd = tl.rsqrt(m2 / K + eps)
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(first, stop, BLOCK_K):
+            inside = offs_k < K - start
+            if TMA:
+                x_block = x.load([pid_m * BLOCK_M, start])
+                w_block = weight.load([pid_n * BLOCK_N, start]).T
+            elif EVEN_K:
+                x_block = tl.load(x_ptrs)
+                w_block = tl.load(w_ptrs)
+            else:
+                x_block = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+                w_block = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+            if ln_weight_ptr is not None:
+                scale = tl.load(ln_weight_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
+                normed = (x_block.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
+                if ln_bias_ptr is not None:
+                    shift = tl.load(ln_bias_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
+                    normed += shift[None, :]
+                x_block = normed.to(w_block.dtype)
+            acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION)
+            if not TMA:
+                x_ptrs += BLOCK_K * stride_xk
+                w_ptrs += BLOCK_K * stride_wk
+
+        let_next_launch_begin(PDL)
+        if SPLIT_K > 1:
+            # y is the workspace here, [SPLIT_K, M, N]
+            rows = y_ptr + (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N
+            tl.store(rows + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+        else:
+            if colsum_ptr is not None:
+                mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M)
+            finish_parts(
+                acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+                y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    else:
-        _linear_tile(
-            tl.program_id(0), x, weight, bias_ptr, ln_weight_ptr, ln_bias_ptr, gamma_ptr, residual_ptr,
-            row_stats_ptr, colsum_ptr, y_ptr, stats_ptr, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-            stride_rm, stride_ym, eps, ACT, PRECISION, EVEN_K, STATS_CHUNK, BLOCK_M, BLOCK_N, BLOCK_K,
-            GROUP_M, SPLIT_K, TMA,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_sum_kernel(
-    workspace_ptr,  # [SPLIT_K, M, N] float32
+    workspace_ptr,  # [SPLIT_K, M, N] float32; what follows as above
     bias_ptr,
     gamma_ptr,
     residual_ptr,
@@ -269,40 +246,31 @@ def _linear_sum_kernel(
     eps,
     ACT: tl.constexpr,
     STATS_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """What `_linear_fwd_kernel` does behind its product, for one that was split: ROWS rows of one chunk."""
-    tiles_n = tl.cdiv(N, STATS_CHUNK)
-    offs_m = (tl.program_id(0) // tiles_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    offs_n = (tl.program_id(0) % tiles_n).to(tl.int64) * STATS_CHUNK + tl.arange(0, STATS_CHUNK)
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    num_n = tl.cdiv(N, STATS_CHUNK)
+    offs_m = (tl.program_id(0) // num_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_n = (tl.program_id(0) % num_n) * STATS_CHUNK
+    offs_n = first_n + tl.arange(0, STATS_CHUNK)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    ptrs = workspace_ptr + offs_m[:, None] * N + offs_n[None, :]
     acc = tl.zeros((ROWS, STATS_CHUNK), tl.float32)
     for part in tl.static_range(SPLIT_K):
-        acc += tl.load(ptrs + (part * tl.cast(M, tl.int64)) * N, mask=mask, other=0.0)
+        rows = workspace_ptr + (offs_m + part * tl.cast(M, tl.int64))[:, None] * N
+        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    mean = tl.zeros((ROWS,), tl.float32)
+    rstd = mean
+    if colsum_ptr is not None:
+        mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
-        acc,
-        offs_m,
-        offs_n,
-        M,
-        N,
-        K,
-        bias_ptr,
-        gamma_ptr,
-        residual_ptr,
-        row_stats_ptr,
-        colsum_ptr,
-        y_ptr,
-        stats_ptr,
-        stride_rm,
-        stride_ym,
-        eps,
-        ACT,
-        STATS_CHUNK,
-        ROWS,
-        STATS_CHUNK,
-    )
+        acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+        stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
+    )  # fmt: skip
 
 
 # A second launch has little to do: small tiles make many programs
@@ -334,7 +302,7 @@ def launch_linear_fwd(
         blocks = [(config[rows], config["BLOCK_K"]) for rows in ("BLOCK_M", "BLOCK_N")]
         described = [tma_descriptor(*pair) for pair in zip(operands, blocks, strict=True)]
         if None in described:
-            config = config | {"TMA": 0, "PERSISTENT": 0, "WARP_SPECIALIZE": 0}
+            config = config | {"TMA": 0, "PERSISTENT": 0}
         else:
             operands = (described[0], described[1])
     tiles = ceil_div(M, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
@@ -352,7 +320,16 @@ def launch_linear_fwd(
         "stride_ym": y.stride(0),
         "ACT": act,
     }
-    shared: dict[str, Any] = {"M": M, "N": N, "K": K, "eps": eps, "STATS_CHUNK": STATS_CHUNK}
+    # of the rows that are normalised, as a power of two
+    chunks = 0 if colsum is None else 1 << (ceil_div(K, STATS_CHUNK) - 1).bit_length()
+    shared: dict[str, Any] = {
+        "M": M,
+        "N": N,
+        "K": K,
+        "eps": eps,
+        "STATS_CHUNK": STATS_CHUNK,
+        "CHUNKS": chunks,
+    }
     arguments: dict[str, Any] = {
         "x": operands[0],
         "weight": operands[1],

@@ -102,7 +102,7 @@ def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:
 def table_key(
     m: int, n: int, k: int, dtype: torch.dtype, *, kind: Kind = "linear", residual: bool = False
 ) -> str:
-    """A residual is part of the key: with it the widest tiles run out of registers."""
+    """A residual is part of the key: it is as much to read as the result is to write."""
     return tuning.key(kind, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
 
 
@@ -122,14 +122,14 @@ def gemm(
     from fastvr.kernels.linear import candidate_configs, default_config, launch_linear_fwd
 
     (m, k), n = x.shape, weight.shape[0]
-    dtype, device, has_residual = weight.dtype, y.device, residual is not None
+    dtype, device = weight.dtype, y.device
     arch = backend.architecture(device)
     config = tuning.config(
         kind,
-        table_key(m, n, k, dtype, kind=kind, residual=has_residual),
+        table_key(m, n, k, dtype, kind=kind, residual=residual is not None),
         device,
-        default=lambda: default_config(m, n, dtype, arch, kind=kind, residual=has_residual),
-        candidates=lambda: candidate_configs(dtype, arch, kind=kind, residual=has_residual, m=m),
+        default=lambda: default_config(m, n, dtype, arch, kind=kind),
+        candidates=lambda: candidate_configs(dtype, arch, kind=kind, m=m),
     )
     split = config.get("SPLIT_K", 1)
     workspace = backend.empty((split, m, n), dtype=torch.float32, device=device) if split > 1 else None
