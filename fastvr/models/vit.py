@@ -14,6 +14,7 @@ from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
 from fastvr.nn.plain import layer_norm, plain, plain_norm
+from fastvr.reference.image import normalize
 
 _POOLS = ("token", "avg", "")
 
@@ -149,7 +150,8 @@ class ViT(Model):
         unless something inside it is observed, replaced or dropping.
 
         Args:
-            x: [B, in_chans, height, width], in the weights' dtype and on their device.
+            x: [B, in_chans, height, width], in the weights' dtype and on their device, or uint8 after
+                :meth:`normalize_images`.
 
         Returns:
             [B, num_classes]; with ``global_pool=""`` [B, tokens, num_classes].
@@ -240,7 +242,8 @@ class ViT(Model):
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         embed = self.patch_embed
-        check_image("ViT", x, self.in_chans, self.img_size, getattr(embed, "proj", embed))
+        dtype = check_image(self, x, self.img_size, getattr(embed, "proj", embed))
+        x = normalize(x, *self.image_moments(x, dtype), dtype)
         width = self.embed_dim
         given = [t.view(-1, width) for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = None if not given else given[0] if len(given) == 1 else torch.cat(given)
