@@ -54,7 +54,7 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim")
+    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim", "uint8")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)
@@ -115,7 +115,7 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
                 chosen = list(dict.fromkeys(chosen))
                 tasks += [Task(job, count=index == 0 or everything) for index, job in enumerate(chosen)]
-                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed"):
+                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed", "patch_embed_stats"):
                     tasks += [Task(job, tf32=True) for job in chosen]
     return tasks
 

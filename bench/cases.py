@@ -47,6 +47,7 @@ class Case:
 
 def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
     size: dict[str, Any] = {"batch": batch, "tokens": tokens}
+    image = {"batch": batch, "channels": 3, "height": 224, "width": 224, "patch": 16, "dim": dim}
     return {
         "linear": [
             Case.of("linear", f"{name} qkv", **size, k=dim, n=3 * dim),
@@ -68,7 +69,12 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
         ],
         "patch_embed": [
-            Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
+            Case.of("patch_embed", name, **image),
+            Case.of("patch_embed", f"{name} uint8", **image, uint8=True),
+        ],
+        "patch_embed_stats": [
+            Case.of("patch_embed_stats", name, **image),
+            Case.of("patch_embed_stats", f"{name} uint8", **image, uint8=True, channels_last=True),
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
@@ -134,6 +140,12 @@ SMALL: dict[str, list[Case]] = {
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
     ],
+    "patch_embed_stats": [
+        Case.of(
+            "patch_embed_stats", "ViT-Ti uint8", batch=2, channels=3, height=112, width=112, patch=16,
+            dim=192, uint8=True,
+        )
+    ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
     "conv_bn_relu": [
@@ -187,6 +199,11 @@ _KINDS: _Kinds = {
         {"channels": 3, "patch": 14, "prefix": 5},
         {"channels": 1, "patch": 16, "prefix": 0, "bias": False, "pos": False},
         {"channels": 4, "patch": 8, "prefix": 0},
+        {"channels": 3, "patch": 16, "uint8": True},
+    ],
+    "patch_embed_stats": [
+        {"channels": 3, "patch": 16},
+        {"channels": 3, "patch": 14, "prefix": 5, "uint8": True, "channels_last": True},
     ],
     "layer_norm": [{}],
     "layernorm_mlp": [
@@ -233,7 +250,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
     elif op in ("attention", "attention_kv"):
         drawn |= {"tokens": tokens}
-    elif op == "patch_embed":
+    elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
     elif op == "layer_norm":

@@ -45,6 +45,11 @@ class _Maker:
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return (values * scale + shift).to(dtype)
 
+    def pixels(self, *shape: int) -> Tensor:
+        if self.generator is None:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator, device=self.device)
+
     def image(self, *shape: int) -> Tensor:
         return self.normal(*shape).to(memory_format=torch.channels_last)
 
@@ -101,12 +106,18 @@ def _attention_kv(case: Case, make: _Maker) -> dict[str, Any]:
 def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
     channels, patch, dim, prefix = case["channels"], case["patch"], case["dim"], case.get("prefix", 1)
     tokens = prefix + (case["height"] // patch) * (case["width"] // patch)
+    shape, uint8 = (case["batch"], channels, case["height"], case["width"]), case.get("uint8")
+    layout = torch.channels_last if case.get("channels_last") else torch.contiguous_format
+    x = make.pixels(*shape) if uint8 else make.normal(*shape)
+    weight = make.normal(dim, channels, patch, patch, scale=(channels * patch * patch) ** -0.5)
     return {
-        "x": make.normal(case["batch"], channels, case["height"], case["width"]),
-        "weight": make.normal(dim, channels, patch, patch, scale=(channels * patch * patch) ** -0.5),
+        "x": x.to(memory_format=layout),
+        "weight": weight.to(memory_format=layout),
         "bias": make.normal(dim) if case.get("bias", True) else None,
         "pos_embed": make.normal(tokens, dim) if case.get("pos", True) else None,
         "prefix_tokens": make.normal(prefix, dim) if prefix else None,
+        "mean": make.normal(channels, scale=0.05, shift=0.45, like=torch.float32) if uint8 else None,
+        "std": make.normal(channels, scale=0.01, shift=0.25, like=torch.float32) if uint8 else None,
     }
 
 
@@ -179,6 +190,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "attention": _attention,
     "attention_kv": _attention_kv,
     "patch_embed": _patch_embed,
+    "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,

@@ -65,9 +65,7 @@ class FoldedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.eps, self.act = norm.eps, act
 
-    def forward(
-        self, x: torch.Tensor, stats: torch.Tensor, outputs: slice = slice(None)
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, stats: torch.Tensor, outputs: slice = slice(None)) -> torch.Tensor:
         """[..., in_features] to [..., out_features], or to the features that ``outputs`` names."""
         weight, colsum, bias = self.weight[outputs], self.colsum[outputs], self.bias[outputs]
         return norm_linear(x, stats, weight, colsum, bias, eps=self.eps, act=self.act)
