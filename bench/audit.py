@@ -111,7 +111,7 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
                 chosen = list(dict.fromkeys(chosen))
                 tasks += [Task(job, count=index == 0 or everything) for index, job in enumerate(chosen)]
-                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed"):
+                if dtype == "float32" and op in ("conv_bn_relu", "dual_conv_bn_relu", "patch_embed"):
                     tasks += [Task(job, tf32=True) for job in chosen]
     return tasks
 

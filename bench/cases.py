@@ -74,7 +74,13 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             padding=kernel // 2, height=size, width=size, **rest,
         )  # fmt: skip
 
-    convs = [conv(3, 64, 7, 224, stride=2)]
+    def dual(c: int, c2: int, o: int, size: int, *, stride: int) -> Case:
+        return Case.of(
+            "dual_conv_bn_relu", f"{c}+{c2}->{o} /{stride} {size}px", batch=batch, channels=c, channels2=c2,
+            out=o, stride=stride, height=size, width=size,
+        )  # fmt: skip
+
+    convs, duals = [conv(3, 64, 7, 224, stride=2)], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -88,9 +94,11 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         ]
         if stride == 2:
             convs.append(conv(width, width, 3, inner))
+        duals.append(dual(width, channels, wide, inner, stride=stride))
         channels, size = wide, inner
     return {
         "conv_bn_relu": convs,
+        "dual_conv_bn_relu": duals,
         "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
         "avg_pool_linear": [
             Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
@@ -128,6 +136,12 @@ SMALL: dict[str, list[Case]] = {
         Case.of(
             "conv_bn_relu", "stem", batch=2, channels=3, out=64, kernel=7, stride=2, padding=3,
             height=64, width=64,
+        ),
+    ],
+    "dual_conv_bn_relu": [
+        Case.of(
+            "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
+            height=7, width=7,
         ),
     ],
     "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
@@ -180,6 +194,15 @@ _KINDS: _Kinds = {
             (1, 31, 7, 1, 3, {"residual": True}),
         )
     ],
+    "dual_conv_bn_relu": [
+        {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
+        for c, c2, o, s, rest in (
+            (64, 256, 128, 2, {}),
+            (64, 64, 256, 1, {}),
+            (31, 64, 96, 3, {"act": "none"}),
+            (128, 1, 31, 1, {}),
+        )
+    ],
     "max_pool": [{}],
     "avg_pool_linear": [{}, {"bias": False}],
 }  # fmt: skip
@@ -213,7 +236,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif op == "conv_bn_relu":
+    elif op in ("conv_bn_relu", "dual_conv_bn_relu"):
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op == "max_pool":
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}

@@ -126,6 +126,32 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _norm(make: _Maker, channels: int) -> Any:
+    from fastvr.ops.conv_bn_relu import BatchNorm
+
+    return BatchNorm(
+        make.normal(channels, scale=0.5, shift=1.0, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, scale=0.5, like=torch.float32).abs() + 0.5,
+    )
+
+
+def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, channels2, out, stride = (case[name] for name in ("channels", "channels2", "out", "stride"))
+    height, width = case["height"], case["width"]
+    return {
+        "x": make.image(case["batch"], channels, height, width),
+        "weight": make.normal(out, channels, 1, 1, scale=channels**-0.5),
+        "bn": _norm(make, out),
+        "x2": make.image(case["batch"], channels2, height * stride, width * stride),
+        "weight2": make.normal(out, channels2, 1, 1, scale=channels2**-0.5),
+        "bn2": _norm(make, out),
+        "stride2": stride,
+        "act": case.get("act", "relu"),
+    }
+
+
 def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
     x = make.image(case["batch"], case["channels"], case["height"], case["width"])
     return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
@@ -147,6 +173,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
+    "dual_conv_bn_relu": _dual_conv_bn_relu,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }
@@ -193,7 +220,8 @@ def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
     from fastvr.ops._op import OPS
 
     schema = SchemaCalls()
-    with backend.use_backend("triton"), schema:
+    # on any GPU: without one an op that fuses others is its parts
+    with backend.use_backend("triton"), backend.assume_architecture("sm_90"), schema:
         public(op)(**on_meta(arguments))
     costs = [OPS[name].cost(*args) for name, args in schema.calls]
     if not costs:

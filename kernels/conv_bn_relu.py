@@ -25,6 +25,28 @@ def _window_offsets(channels, kh, kw, stride_c, stride_h, stride_w):
 
 
 @triton.jit
+def _pixels(ptr, rows, OH, OW, stride_n, stride_h, stride_w, ROWS: tl.constexpr):
+    """Pointers to the pixels ``rows``, counted through the whole batch of OH x OW."""
+    if ROWS:  # pixel m lies at m * stride_w
+        pointers = ptr + rows.to(tl.int64) * stride_w
+    else:
+        pointers = (
+            ptr
+            + (rows // (OH * OW)).to(tl.int64) * stride_n
+            + (rows % (OH * OW) // OW).to(tl.int64) * stride_h
+            + (rows % OW).to(tl.int64) * stride_w
+        )
+    return pointers
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns. An epilogue takes one after the other: a whole tile's
+    scale, shift and residual beside its accumulator do not fit in registers."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _batch_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, BLOCK: tl.constexpr):
     """Scale and shift of BLOCK output channels, float32."""
     scale = tl.full((BLOCK,), 1.0, tl.float32)
@@ -161,19 +183,13 @@ def _conv_bn_relu_fwd_kernel(
         w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    if RESIDUAL_ROWS:
-        residual_rows = residual_ptr + rows.to(tl.int64) * stride_rw
-    elif residual_ptr is not None:
-        residual_rows = (
-            residual_ptr
-            + (rows // (OH * OW)).to(tl.int64) * stride_rn
-            + (rows % (OH * OW) // OW).to(tl.int64) * stride_rh
-            + (rows % OW).to(tl.int64) * stride_rw
+    if residual_ptr is not None:
+        residual_rows = _pixels(
+            residual_ptr, rows, OH, OW, stride_rn, stride_rh, stride_rw, ROWS=RESIDUAL_ROWS
         )
     y_rows = y_ptr + rows.to(tl.int64) * stride_ym
-    # in halves: a whole tile's scale, shift and residual beside its accumulator do not fit in registers
     HALF: tl.constexpr = BLOCK_N // 2
-    acc_left, acc_right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    acc_left, acc_right = _halves(acc, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
         # not the clamped columns, whose contiguity, and so wide loads and stores, the compiler cannot see
         offs_n = pid_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
@@ -250,7 +266,7 @@ def default_config(
     return tiles[-2]
 
 
-def _pixel_rows(t: torch.Tensor) -> bool:
+def pixel_rows(t: torch.Tensor) -> bool:
     """Whether pixel m of [N, C, H, W], counted through the whole batch, lies at m * stride(3)."""
     _, _, h, w = t.shape
     sn, _, sh, sw = t.stride()
@@ -315,8 +331,8 @@ def launch_conv_bn_relu_fwd(
         "KW": KW,
         "CHANNELS": 0 if point else C,
         "PADDED": padded,
-        "X_ROWS": point and stride == (1, 1) and not padded and _pixel_rows(x),
-        "RESIDUAL_ROWS": residual is not None and _pixel_rows(residual),
+        "X_ROWS": point and stride == (1, 1) and not padded and pixel_rows(x),
+        "RESIDUAL_ROWS": residual is not None and pixel_rows(residual),
         "FLAT_K": not point and C % config["BLOCK_K"] != 0,
         "EVEN_K": KH * KW * C % config["BLOCK_K"] == 0,
     }

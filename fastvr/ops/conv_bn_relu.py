@@ -18,6 +18,19 @@ from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
 _VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
+class BatchNorm(NamedTuple):
+    """BatchNorm of running statistics, by its vectors, [O] or None each, and what is added to the variance.
+
+    Without ``running_mean`` and ``running_var``, ``weight`` and ``bias`` are scale and shift themselves.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    eps: float = 1e-5
+
+
 def conv_bn_relu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -85,13 +98,7 @@ def conv_bn_relu(
             f"{op}: x must be at least {kh} x {kw} (the window) with its padding of {padding}; got {h} x {w}"
         )
     _check.companion(op, "weight", weight, tuple(weight.shape), x, dtype=x.dtype)
-    for name, vector in zip(_VECTORS, (bn_weight, bn_bias, running_mean, running_var), strict=True):
-        _check.companion(op, name, vector, (out_channels,), x)
-        if vector is not None and vector.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{op}: {name} must be float32 or {x.dtype}, as x is; got {vector.dtype}")
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
+    check_batch_norm(op, BatchNorm(bn_weight, bn_bias, running_mean, running_var), out_channels, x, _VECTORS)
     _check.companion(op, "residual", residual, (n, out_channels, oh, ow), x)
     _check.choice(op, "act", act, ACTIVATIONS)
     return CONV_BN_RELU(
@@ -108,6 +115,17 @@ def conv_bn_relu(
         act,
         residual,
     )
+
+
+def check_batch_norm(op: str, bn: BatchNorm, channels: int, x: torch.Tensor, names: Sequence[str]) -> None:
+    """The four vectors of ``bn`` fit ``channels`` and x; ``names`` is what the caller calls them."""
+    for name, vector in zip(names, bn[:4], strict=True):
+        _check.companion(op, name, vector, (channels,), x)
+        if vector is not None and vector.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"{op}: {name} must be float32 or {x.dtype}, as x is; got {vector.dtype}")
+    if (bn.running_mean is None) != (bn.running_var is None):
+        missing = names[2] if bn.running_mean is None else names[3]
+        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
 
 
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
