@@ -68,7 +68,8 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
     """Every distinct convolution of ResNet-50 v1.5 once, in the order of the network."""
 
     def conv(c: int, o: int, kernel: int, size: int, *, stride: int = 1, **rest: Any) -> Case:
-        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px" + (" +res" if rest.get("residual") else "")
+        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px"
+        label += " +res" if rest.get("residual") else " uint8" if rest.get("bytes") else ""
         return Case.of(
             "conv_bn_relu", label, batch=batch, channels=c, out=o, kernel=kernel, stride=stride,
             padding=kernel // 2, height=size, width=size, **rest,
@@ -80,7 +81,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             out=o, stride=stride, height=size, width=size,
         )  # fmt: skip
 
-    convs, duals = [conv(3, 64, 7, 224, stride=2)], []
+    convs, duals = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, bytes=True)], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -185,6 +186,7 @@ _KINDS: _Kinds = {
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (
             (3, 64, 7, 2, 3, {}),
+            (3, 64, 7, 2, 3, {"bytes": True}),
             (64, 64, 3, 1, 1, {"residual": True}),
             (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
             (64, 128, 3, 1, 0, {"groups": 32}),

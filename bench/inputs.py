@@ -41,6 +41,13 @@ class _Maker:
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return (values * scale + shift).to(dtype)
 
+    def bytes(self, *shape: int) -> Tensor:
+        """An image as decoders give it."""
+        if self.generator is None:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        options: Any = {"dtype": torch.uint8, "device": self.device, "generator": self.generator}
+        return torch.randint(0, 256, shape, **options)
+
     def image(self, *shape: int) -> Tensor:
         return self.normal(*shape).to(memory_format=torch.channels_last)
 
@@ -111,8 +118,12 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     weight = make.normal(out, channels // groups, kernel, kernel, scale=(2 / fan_in) ** 0.5)
     running = case.get("norm", "running") == "running"
     variance = make.normal(out, scale=0.5, like=torch.float32).abs() + 0.5
-    return {
-        "x": make.image(case["batch"], channels, case["height"], case["width"]),
+    size = (case["batch"], channels, case["height"], case["width"])
+    images: dict[str, Any] = {"x": make.image(*size)}
+    if case.get("bytes"):
+        images = {"x": make.bytes(*size), "mean": make.normal(channels, like=torch.float32)}
+        images["std"] = make.normal(channels, scale=0.05, shift=0.25, like=torch.float32)
+    return images | {
         "weight": weight.to(memory_format=torch.channels_last),
         "bn_weight": make.normal(out, scale=0.5, shift=1.0, like=torch.float32),
         "bn_bias": make.normal(out, like=torch.float32),
