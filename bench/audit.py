@@ -28,6 +28,8 @@ import rules  # noqa: E402
 import torch  # noqa: E402
 from launches import Job  # noqa: E402
 
+# PyTorch's switch for convolutions lets them use TF32
+_CONVOLUTIONS = ("conv_bn_relu", "dual_conv_bn_relu", "patch_embed", "patch_embed_stats")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -115,7 +117,7 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
                 chosen = list(dict.fromkeys(chosen))
                 tasks += [Task(job, count=index == 0 or everything) for index, job in enumerate(chosen)]
-                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed", "patch_embed_stats"):
+                if dtype == "float32" and op in _CONVOLUTIONS:
                     tasks += [Task(job, tf32=True) for job in chosen]
     return tasks
 

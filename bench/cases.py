@@ -85,13 +85,20 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
     """Every distinct convolution of ResNet-50 v1.5 once, in the order of the network."""
 
     def conv(c: int, o: int, kernel: int, size: int, *, stride: int = 1, **rest: Any) -> Case:
-        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px" + (" +res" if rest.get("residual") else "")
+        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px"
+        label += " +res" if rest.get("residual") else " uint8" if rest.get("uint8") else ""
         return Case.of(
             "conv_bn_relu", label, batch=batch, channels=c, out=o, kernel=kernel, stride=stride,
             padding=kernel // 2, height=size, width=size, **rest,
         )  # fmt: skip
 
-    convs = [conv(3, 64, 7, 224, stride=2)]
+    def dual(c: int, c2: int, o: int, size: int, *, stride: int) -> Case:
+        return Case.of(
+            "dual_conv_bn_relu", f"{c}+{c2}->{o} /{stride} {size}px", batch=batch, channels=c, channels2=c2,
+            out=o, stride=stride, height=size, width=size,
+        )  # fmt: skip
+
+    convs, duals = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -105,9 +112,11 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         ]
         if stride == 2:
             convs.append(conv(width, width, 3, inner))
+        duals.append(dual(width, channels, wide, inner, stride=stride))
         channels, size = wide, inner
     return {
         "conv_bn_relu": convs,
+        "dual_conv_bn_relu": duals,
         "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
         "avg_pool_linear": [
             Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
@@ -156,6 +165,12 @@ SMALL: dict[str, list[Case]] = {
         Case.of(
             "conv_bn_relu", "stem", batch=2, channels=3, out=64, kernel=7, stride=2, padding=3,
             height=64, width=64,
+        ),
+    ],
+    "dual_conv_bn_relu": [
+        Case.of(
+            "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
+            height=7, width=7,
         ),
     ],
     "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
@@ -215,6 +230,7 @@ _KINDS: _Kinds = {
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (
             (3, 64, 7, 2, 3, {}),
+            (3, 64, 7, 2, 3, {"uint8": True}),
             (64, 64, 3, 1, 1, {"residual": True}),
             (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
             (64, 128, 3, 1, 0, {"groups": 32}),
@@ -222,6 +238,15 @@ _KINDS: _Kinds = {
             (128, 64, 1, 1, 0, {"residual": True, "norm": "scale"}),
             (31, 64, 1, 1, 1, {"norm": "scale"}),
             (1, 31, 7, 1, 3, {"residual": True}),
+        )
+    ],
+    "dual_conv_bn_relu": [
+        {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
+        for c, c2, o, s, rest in (
+            (64, 256, 128, 2, {}),
+            (64, 64, 256, 1, {}),
+            (31, 64, 96, 3, {"act": "none"}),
+            (128, 1, 31, 1, {}),
         )
     ],
     "max_pool": [{}],
@@ -257,7 +282,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif op == "conv_bn_relu":
+    elif op in ("conv_bn_relu", "dual_conv_bn_relu"):
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op == "max_pool":
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}

@@ -154,8 +154,12 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     weight = make.normal(out, channels // groups, kernel, kernel, scale=(2 / fan_in) ** 0.5)
     running = case.get("norm", "running") == "running"
     variance = make.normal(out, scale=0.5, like=torch.float32).abs() + 0.5
-    return {
-        "x": make.image(case["batch"], channels, case["height"], case["width"]),
+    size = (case["batch"], channels, case["height"], case["width"])
+    images: dict[str, Any] = {"x": make.image(*size)}
+    if case.get("uint8"):
+        images = {"x": make.pixels(*size), "mean": make.normal(channels, like=torch.float32)}
+        images["std"] = make.normal(channels, scale=0.05, shift=0.25, like=torch.float32)
+    return images | {
         "weight": weight.to(memory_format=torch.channels_last),
         "bn_weight": make.normal(out, scale=0.5, shift=1.0, like=torch.float32),
         "bn_bias": make.normal(out, like=torch.float32),
@@ -166,6 +170,32 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
         "groups": groups,
         "act": case.get("act", "relu"),
         "residual": make.image(case["batch"], out, height, width) if case.get("residual") else None,
+    }
+
+
+def _norm(make: _Maker, channels: int) -> Any:
+    from fastvr.ops.conv_bn_relu import BatchNorm
+
+    return BatchNorm(
+        make.normal(channels, scale=0.5, shift=1.0, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, scale=0.5, like=torch.float32).abs() + 0.5,
+    )
+
+
+def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, channels2, out, stride = (case[name] for name in ("channels", "channels2", "out", "stride"))
+    height, width = case["height"], case["width"]
+    return {
+        "x": make.image(case["batch"], channels, height, width),
+        "weight": make.normal(out, channels, 1, 1, scale=channels**-0.5),
+        "bn": _norm(make, out),
+        "x2": make.image(case["batch"], channels2, height * stride, width * stride),
+        "weight2": make.normal(out, channels2, 1, 1, scale=channels2**-0.5),
+        "bn2": _norm(make, out),
+        "stride2": stride,
+        "act": case.get("act", "relu"),
     }
 
 
@@ -194,6 +224,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
+    "dual_conv_bn_relu": _dual_conv_bn_relu,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }
@@ -240,7 +271,8 @@ def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
     from fastvr.ops._op import OPS
 
     schema = SchemaCalls()
-    with backend.use_backend("triton"), schema:
+    # on any GPU: without one an op that fuses others is its parts
+    with backend.use_backend("triton"), backend.assume_architecture("sm_90"), schema:
         public(op)(**on_meta(arguments))
     costs = [OPS[name].cost(*args) for name, args in schema.calls]
     if not costs:

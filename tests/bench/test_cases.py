@@ -18,7 +18,7 @@ from fastvr.ops._op import OPS
 def _unsupported(case: cases.Case, dtype: torch.dtype) -> list[str]:
     arguments = inputs.make(case, dtype, "meta")
     schema = inputs.SchemaCalls()
-    with backend.use_backend("triton"), schema:
+    with backend.use_backend("triton"), backend.assume_architecture("sm_90"), schema:
         inputs.public(case.op)(**arguments)
     assert schema.calls, f"{case} called no operator"
     return [reason for name, args in schema.calls if (reason := OPS[name].unsupported(*args))]
