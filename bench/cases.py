@@ -47,6 +47,7 @@ class Case:
 
 def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
     size: dict[str, Any] = {"batch": batch, "tokens": tokens}
+    image = {"batch": batch, "channels": 3, "height": 224, "width": 224, "patch": 16, "dim": dim}
     return {
         "linear": [
             Case.of("linear", f"{name} qkv", **size, k=dim, n=3 * dim),
@@ -55,9 +56,25 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
+        "linear_stats": [
+            Case.of("linear_stats", f"{name} proj", **size, k=dim, n=dim, residual=True),
+            Case.of("linear_stats", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+        ],
+        "norm_linear": [
+            Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
+            Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
+        ],
         "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
+        "attention_kv": [
+            Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
+        ],
         "patch_embed": [
-            Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
+            Case.of("patch_embed", name, **image),
+            Case.of("patch_embed", f"{name} uint8", **image, uint8=True),
+        ],
+        "patch_embed_stats": [
+            Case.of("patch_embed_stats", name, **image),
+            Case.of("patch_embed_stats", f"{name} uint8", **image, uint8=True, channels_last=True),
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
@@ -68,7 +85,8 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
     """Every distinct convolution of ResNet-50 v1.5 once, in the order of the network."""
 
     def conv(c: int, o: int, kernel: int, size: int, *, stride: int = 1, **rest: Any) -> Case:
-        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px" + (" +res" if rest.get("residual") else "")
+        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px"
+        label += " +res" if rest.get("residual") else " uint8" if rest.get("uint8") else ""
         return Case.of(
             "conv_bn_relu", label, batch=batch, channels=c, out=o, kernel=kernel, stride=stride,
             padding=kernel // 2, height=size, width=size, **rest,
@@ -87,7 +105,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             **{"stride": 1, "residual": "source" not in rest} | rest,
         )  # fmt: skip
 
-    convs, duals, blocks = [conv(3, 64, 7, 224, stride=2)], [], []
+    convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -135,9 +153,20 @@ SMALL: dict[str, list[Case]] = {
         Case.of("linear", "fc2", batch=2, tokens=50, k=768, n=192, gamma=True, residual=True),
         Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
     ],
+    "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
+    "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
     "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
+    "attention_kv": [
+        Case.of("attention_kv", "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)
+    ],
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
+    ],
+    "patch_embed_stats": [
+        Case.of(
+            "patch_embed_stats", "ViT-Ti uint8", batch=2, channels=3, height=112, width=112, patch=16,
+            dim=192, uint8=True,
+        )
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
@@ -175,6 +204,11 @@ SMALL: dict[str, list[Case]] = {
 OPS = tuple(SMALL)
 
 
+def ops(dtype: str) -> tuple[str, ...]:
+    """The ops with a kernel for ``dtype``: a LayerNorm is folded into 16-bit weights only."""
+    return tuple(op for op in OPS if op != "norm_linear" or dtype != "float32")
+
+
 def cases(op: str, *, real: bool) -> list[Case]:
     return (REAL if real else SMALL)[op]
 
@@ -189,15 +223,26 @@ _KINDS: _Kinds = {
         {"act": "relu", "bias": False, "residual": True},
         {"act": "gelu_tanh"},
     ],
+    "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
+    "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
     "attention": [
         {"heads": heads, "head_dim": dim}
         for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+    ],
+    "attention_kv": [
+        {"heads": heads, "head_dim": dim, "queries": queries}
+        for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
     ],
     "patch_embed": [
         {"channels": 3, "patch": 16},
         {"channels": 3, "patch": 14, "prefix": 5},
         {"channels": 1, "patch": 16, "prefix": 0, "bias": False, "pos": False},
         {"channels": 4, "patch": 8, "prefix": 0},
+        {"channels": 3, "patch": 16, "uint8": True},
+    ],
+    "patch_embed_stats": [
+        {"channels": 3, "patch": 16},
+        {"channels": 3, "patch": 14, "prefix": 5, "uint8": True, "channels_last": True},
     ],
     "layer_norm": [{}],
     "layernorm_mlp": [
@@ -209,6 +254,7 @@ _KINDS: _Kinds = {
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (
             (3, 64, 7, 2, 3, {}),
+            (3, 64, 7, 2, 3, {"uint8": True}),
             (64, 64, 3, 1, 1, {"residual": True}),
             (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
             (64, 128, 3, 1, 0, {"groups": 32}),
@@ -260,11 +306,11 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     drawn = {"batch": pick(1, 2, 3, large=(7, 33))} | rng.choice(_KINDS[op] + extra)
     tokens = pick(1, 5, 17, 50, large=(49, 196, 197, 201, 257, 577, 1025, 1370))
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
-    if op == "linear":
+    if op in ("linear", "linear_stats", "norm_linear"):
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op == "attention":
+    elif op in ("attention", "attention_kv"):
         drawn |= {"tokens": tokens}
-    elif op == "patch_embed":
+    elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
     elif op == "layer_norm":

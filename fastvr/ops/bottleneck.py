@@ -127,7 +127,7 @@ def bottleneck_chain(
     if weight1.dim() != 4 or weight1.shape[0] == 0 or weight1.shape[1:] != (out_channels, 1, 1):
         raise ValueError(f"{op}: weight1 must be [C1, {out_channels}, 1, 1]; got {list(weight1.shape)}")
     _check.companion(op, "weight1", weight1, tuple(weight1.shape), x, dtype=x.dtype)
-    check_batch_norm(op, bn1, weight1.shape[0], x, _names("bn1"))
+    check_batch_norm(op, bn1, weight1, _names("bn1"))
     return BOTTLENECK_CHAIN(*block, weight1, *_flat(bn1))
 
 
@@ -216,8 +216,8 @@ def _checked(
     oh, ow = (output_size(size, 3, s, 1) for size, s in zip(x.shape[2:], step, strict=True))
     _check.companion(op, "weight2", weight2, tuple(weight2.shape), x, dtype=x.dtype)
     _check.companion(op, "weight3", weight3, tuple(weight3.shape), x, dtype=x.dtype)
-    check_batch_norm(op, bn2, planes, x, _names("bn2"))
-    check_batch_norm(op, bn3, out_channels, x, _names("bn3"))
+    check_batch_norm(op, bn2, weight2, _names("bn2"))
+    check_batch_norm(op, bn3, weight3, _names("bn3"))
     _check.companion(op, "residual", residual, (n, out_channels, oh, ow), x)
     block = (x, weight2, *_flat(bn2), weight3, *_flat(bn3), step, residual)
     if shortcut is None:
@@ -239,7 +239,7 @@ def _checked(
         )
     _check.companion(op, "shortcut.x", source, tuple(source.shape), x, dtype=x.dtype)
     _check.companion(op, "shortcut.weight", weight, tuple(weight.shape), x, dtype=x.dtype)
-    check_batch_norm(op, bn, out_channels, x, _names("shortcut.bn"))
+    check_batch_norm(op, bn, weight, _names("shortcut.bn"))
     return (*block, source, weight, *_flat(bn), shortcut_step)
 
 

@@ -83,8 +83,8 @@ def dual_conv_bn_relu(
             f"{stride2}; got {[x2.shape[0], oh, ow]}"
         )
     _check.companion(op, "x2", x2, tuple(x2.shape), x, dtype=x.dtype)
-    check_batch_norm(op, bn, out_channels, x, tuple(f"bn.{name}" for name in BatchNorm._fields[:4]))
-    check_batch_norm(op, bn2, out_channels, x, tuple(f"bn2.{name}" for name in BatchNorm._fields[:4]))
+    for name, norm in (("bn", bn), ("bn2", bn2)):
+        check_batch_norm(op, norm, weight, [f"{name}.{vector}" for vector in BatchNorm._fields[:4]])
     _check.choice(op, "act", act, ACTIVATIONS)
     return DUAL_CONV_BN_RELU(
         x, weight, *bn[:4], float(bn.eps), x2, weight2, *bn2[:4], float(bn2.eps), stride2, act

@@ -1,5 +1,0 @@
-"""bottleneck_chain: the blocks of ResNet-50's stages 1 and 2 with the next block's first convolution."""
-
-from harness import op_benchmark
-
-test_bottleneck_chain = op_benchmark("bottleneck_chain")
