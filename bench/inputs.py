@@ -16,7 +16,12 @@ from fastvr import backend
 from fastvr.reference.linear_stats import row_stats
 from fastvr.testing import GELU_TAIL
 
-_MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
+_MODULES = {
+    "attention_kv": "attention",
+    "bottleneck_chain": "bottleneck",
+    "max_pool": "pool",
+    "avg_pool_linear": "pool",
+}
 
 
 def module(op: str) -> str:
@@ -199,6 +204,35 @@ def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.ops.bottleneck import Shortcut
+
+    batch, planes, out, stride = (case[name] for name in ("batch", "planes", "out", "stride"))
+    height, width = case["height"], case["width"]
+    window = make.normal(planes, planes, 3, 3, scale=(2 / (9 * planes)) ** 0.5)
+    arguments: dict[str, Any] = {
+        "x": make.image(batch, planes, height * stride, width * stride),
+        "weight2": window.to(memory_format=torch.channels_last),
+        "bn2": _norm(make, planes),
+        "weight3": make.normal(out, planes, 1, 1, scale=planes**-0.5),
+        "bn3": _norm(make, out),
+        "stride": stride,
+    }
+    if case.get("residual"):
+        arguments["residual"] = make.image(batch, out, height, width)
+    if source := case.get("source"):
+        arguments["shortcut"] = Shortcut(
+            make.image(batch, source, height * stride, width * stride),
+            make.normal(out, source, 1, 1, scale=source**-0.5),
+            _norm(make, out),
+            stride,
+        )
+    if following := case.get("following"):
+        arguments["weight1"] = make.normal(following, out, 1, 1, scale=out**-0.5)
+        arguments["bn1"] = _norm(make, following)
+    return arguments
+
+
 def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
     x = make.image(case["batch"], case["channels"], case["height"], case["width"])
     return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
@@ -225,6 +259,8 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
+    "bottleneck": _bottleneck,
+    "bottleneck_chain": _bottleneck,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }

@@ -144,6 +144,9 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     pixels = t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
     norm = (t(64), t(64), t(64), t(64))
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
+    windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
+    block = (*conv2, *conv3, [1, 1], pixels, *[None] * 6, 1e-5, [1, 1])
     return {
         "patch_embed": (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d)),
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
@@ -155,6 +158,8 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5, [1, 1], "relu"),
         ),
+        "bottleneck": block,
+        "bottleneck_chain": (*block, *conv3),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }
