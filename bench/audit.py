@@ -61,8 +61,13 @@ def kinds(op: str) -> list[cases.Case]:
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)
     if op == "conv_bn_relu":
-        grouped = next(dict(case.sizes) for case in found.values() if case["kernel"] == 3) | {"groups": 32}
-        found[("groups",)] = cases.Case.of(op, "3x3 groups=32", **grouped)
+        # first, where every configuration is audited, the 3x3 of the smallest map: it has the most of them,
+        # those for few pixels too
+        first = [case for case in cases.cases(op, real=True) if (case["kernel"], case["stride"]) == (3, 1)][
+            -1
+        ]
+        grouped = cases.Case.of(op, "3x3 groups=32", **dict(first.sizes) | {"groups": 32})
+        return [first, *found.values(), grouped]
     return list(found.values())
 
 

@@ -33,6 +33,8 @@ from fastvr.kernels.common import (
     launch,
     let_next_launch_begin,
     multiprocessors,
+    split_range,
+    sum_parts,
     swizzle,
     tma_descriptor,
     wait_for_launch_before,
@@ -175,11 +177,7 @@ def _linear_fwd_kernel(
     wait_for_launch_before(PDL)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    first, stop = 0, K
-    if SPLIT_K > 1:
-        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        first = tl.program_id(1) * part
-        stop = tl.minimum(first + part, K)
+    first, stop = split_range(K, BLOCK_K, SPLIT_K)
     rounds = 1  # a constant, which the compiler sees through
     if PERSISTENT:
         rounds = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0))
@@ -272,11 +270,7 @@ def _linear_sum_kernel(
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_n = (tl.program_id(0) % num_n) * STATS_CHUNK
     offs_n = first_n + tl.arange(0, STATS_CHUNK)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    acc = tl.zeros((ROWS, STATS_CHUNK), tl.float32)
-    for part in tl.static_range(SPLIT_K):
-        rows = workspace_ptr + (offs_m + part * tl.cast(M, tl.int64))[:, None] * N
-        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    acc = sum_parts(workspace_ptr, offs_m, offs_n, M, N, SPLIT_K, ROWS, STATS_CHUNK)
     mean = tl.zeros((ROWS,), tl.float32)
     rstd = mean
     if colsum_ptr is not None:
