@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import time
@@ -142,6 +143,7 @@ def quick(
     return run.tune(model, progress)
 
 
+@functools.cache
 def versions() -> str:
     """What a measurement depends on besides the GPU."""
     return ", ".join(f"{name} {_version(name)}" for name in ("fastvr", "torch", "triton"))

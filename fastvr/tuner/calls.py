@@ -25,6 +25,11 @@ class SchemaCalls(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled inside, and keeping the compiler away from it takes seconds to import
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastvr":
             self.calls.append((func._schema.name.removeprefix("fastvr::"), args))

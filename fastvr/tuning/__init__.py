@@ -134,9 +134,13 @@ def _card(index: int) -> Card:
     )
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def card(device: torch.device) -> Card:
     """The GPU of a CUDA device."""
-    return _card(torch.cuda.current_device() if device.index is None else device.index)
+    return _card(_index(device))
 
 
 def _file_name(gpu: str) -> str:
@@ -290,10 +294,6 @@ def _entries(card: Card) -> tuple[_Entries, ...]:
 
 _answers: dict[tuple[int, str], Entry | None] = {}
 _offered: dict[tuple[int, str, str], bool] = {}
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def lookup(table_key: str, device: torch.device) -> Entry | None:
