@@ -28,7 +28,7 @@ def plan(dtypes: tuple[str, ...], *, small: bool) -> list[tuple[cases.Case, str]
     ordered = [
         (case, dtype, batch)
         for dtype in dtypes
-        for op in cases.OPS
+        for op in cases.ops(dtype)
         for case in cases.cases(op, real=not small)
         for batch in batches
     ]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastvr import backend, tuning
 from fastvr.ops._op import OPS, Cost
+from fastvr.reference.linear_stats import row_stats
 
 # FLOPs a GPU does while it moves one byte (16-bit matrix products on an H200: 788 TFLOP/s, 4.3 TB/s)
 _BALANCE = 180.0
@@ -183,7 +184,13 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
             made[id(value)] = _random(name, value, device, generator)
         return made[id(value)]
 
-    return tuple(real(name, value) for name, value in zip(names, call.args, strict=True))
+    named = {name: real(name, value) for name, value in zip(names, call.args, strict=True)}
+    # what is computed from another argument, as a folded LayerNorm has it
+    if named.get("stats") is not None:
+        named["stats"] = row_stats(named["x"])
+    if named.get("colsum") is not None:
+        named["colsum"] = named["weight"].float().sum(1)
+    return tuple(named.values())
 
 
 def _random(name: str, like: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -204,8 +211,8 @@ def _random(name: str, like: Tensor, device: torch.device, generator: torch.Gene
 def _scaled(name: str, like: Tensor, values: Tensor) -> Tensor:
     if any(word in name for word in ("var", "std", "m2", "scale")):
         return values.mul_(0.25).abs_().add_(0.5)
-    if name.endswith("weight") and like.dim() > 1:
+    if "weight" in name and like.dim() > 1:
         return values.mul_((like.shape[0] / max(like.numel(), 1)) ** 0.5)  # 1 / sqrt(fan in)
-    if name.endswith("weight") or name == "gamma":
+    if "weight" in name or name == "gamma":
         return values.mul_(0.5).add_(1.0)
     return values

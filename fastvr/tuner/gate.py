@@ -16,7 +16,7 @@ from fastvr.tuner.calls import Call
 # Samples at either end: the first and last tiles, and in float64 little beside the measurement itself. Where
 # a sample is one row, several tiles' worth of them.
 _CHECKED, _CHECKED_ROWS = 4, 64
-_PER_SAMPLE = ("x", "qkv", "residual")
+_PER_SAMPLE = ("x", "x2", "q", "kv", "qkv", "residual", "stats")
 
 
 def absolute_floor(op: str, act: object) -> float:
@@ -70,12 +70,16 @@ class Gate:
         batch, count = len(x), _CHECKED if x.dim() > 2 else _CHECKED_ROWS
         sampled = [named[name] for name in _PER_SAMPLE if isinstance(named.get(name), Tensor)]
         leaves = [*sampled, *tree_leaves(self._eager)]
-        if batch <= 2 * count or any(leaf.dim() == 0 or len(leaf) != batch for leaf in leaves):
+        if batch <= 2 * count or any(leaf.dim() == 0 or len(leaf) % batch for leaf in leaves):
             return None
         return torch.tensor([*range(count), *range(batch - count, batch)], device=x.device)
 
     def _few(self, tree: Any) -> Any:
-        return tree if self._ends is None else tree_map_only(Tensor, lambda t: t[self._ends], tree)
+        return tree if self._ends is None else tree_map_only(Tensor, self._at_ends, tree)
+
+    def _at_ends(self, t: Tensor) -> Tensor:
+        # row statistics have one dimension for samples and tokens
+        return t.unflatten(0, (len(self._args[0]), -1))[self._ends].flatten(0, 1)
 
     def _true(self, named: dict[str, Any]) -> Any:
         few = [self._few(value) if name in _PER_SAMPLE else value for name, value in named.items()]
