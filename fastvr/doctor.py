@@ -160,16 +160,23 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
 
     d, tokens = 768, t(8, 197, 768)
     pixels = t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    patches = (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d), None, None)
+    # a LayerNorm's statistics, in chunks of 64
+    stats = torch.empty((8 * 197, d // 64, 2), device=device)
     norm = (t(64), t(64), t(64), t(64))
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
     block = (*conv2, *conv3, [1, 1], pixels, *[None] * 6, 1e-5, [1, 1])
     return {
-        "patch_embed": (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d)),
+        "patch_embed": patches,
+        "patch_embed_stats": patches,
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
+        "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
+        "norm_linear": (tokens, stats, t(d, d), torch.empty(d, device=device), t(d), 1e-6, "none"),
         "attention": (t(8, 197, 3 * d), 12, 0.125),
+        "attention_kv": (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
         "dual_conv_bn_relu": (
