@@ -158,15 +158,23 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     def t(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def f32(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device)
+
     d, tokens = 768, t(8, 197, 768)
     pixels = t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
     norm = (t(64), t(64), t(64), t(64))
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
-    return {
-        "patch_embed": (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d)),
+    patches = (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d), None, None)
+    calls = {
+        "patch_embed": patches,
+        "patch_embed_stats": patches,
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
+        "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
+        "norm_linear": (tokens, f32(8 * 197, 12, 2), t(3 * d, d), f32(3 * d), f32(3 * d), 1e-6, "none"),
         "attention": (t(8, 197, 3 * d), 12, 0.125),
+        "attention_kv": (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
         "dual_conv_bn_relu": (
@@ -176,6 +184,7 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }
+    return {name: args for name, args in calls.items() if name in OPS}
 
 
 # ------------------------------------------------------------------------------------------- advice

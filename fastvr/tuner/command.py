@@ -67,7 +67,7 @@ def _stand_in(name: str) -> Model:
     if isinstance(model, ResNet):
         bottleneck = any(isinstance(module, Bottleneck) for module in model.modules())
         return ResNet(Bottleneck if bottleneck else BasicBlock, (1, 1, 1, 1), num_classes=10, width=16)
-    return create_model(name, img_size=32, patch_size=8, embed_dim=96, depth=1, num_heads=3, num_classes=10)
+    return create_model(name, img_size=32, patch_size=16, embed_dim=96, depth=2, num_heads=3, num_classes=10)
 
 
 def show(report: tuner.Report, console: Console, *, dry_run: bool = False) -> None:
