@@ -193,7 +193,7 @@ def test_tune_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, args: list[str
 
 
 def test_two_dry_runs_at_once_fill_one_table(tmp_path: Path) -> None:
-    """End to end, in processes of their own: the second, on other dtypes, adds to what the first writes."""
+    """End to end, in processes of their own that write one file."""
     pytest.importorskip("triton")
     root = str(Path(fastvr.__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": root, "FASTVR_CACHE_DIR": str(tmp_path), "COLUMNS": "120"}

@@ -187,9 +187,9 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
     named = {name: real(name, value) for name, value in zip(names, call.args, strict=True)}
     # what is computed from another argument, as a folded LayerNorm has it
     if named.get("stats") is not None:
-        named["stats"] = row_stats(named["x"])
+        named["stats"].copy_(row_stats(named["x"]))
     if named.get("colsum") is not None:
-        named["colsum"] = named["weight"].float().sum(1)
+        named["colsum"].copy_(named["weight"].float().sum(1))
     return tuple(named.values())
 
 

@@ -42,8 +42,7 @@ def run(
         BackendError, TableError, RuntimeError: see :func:`fastvr.tuner.tune`.
     """
     device = torch.device("cpu" if dry_run else "cuda")
-    with torch.device("meta"):
-        model = (_stand_in(name) if dry_run else create_model(name)).eval().to(dtype)
+    model = _on_meta(name, stand_in=dry_run).eval().to(dtype)
     size = getattr(model, "img_size", (32, 32) if dry_run else (224, 224))
     layout = torch.channels_last if isinstance(model, ResNet) else torch.contiguous_format
 
@@ -62,12 +61,19 @@ def run(
     )
 
 
-def _stand_in(name: str) -> Model:
-    model = create_model(name, num_classes=10)
-    if isinstance(model, ResNet):
-        bottleneck = any(isinstance(module, Bottleneck) for module in model.modules())
-        return ResNet(Bottleneck if bottleneck else BasicBlock, (1, 1, 1, 1), num_classes=10, width=16)
-    return create_model(name, img_size=32, patch_size=8, embed_dim=96, depth=1, num_heads=3, num_classes=10)
+def _on_meta(name: str, *, stand_in: bool) -> Model:
+    if not stand_in:
+        # initialising on meta imports PyTorch's compiler: seconds, but a large model's real one takes more
+        with torch.device("meta"):
+            return create_model(name)
+    small: Model
+    if name.startswith("resnet"):
+        block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
+        small = ResNet(block, (1, 1, 1, 1), num_classes=10, width=16)
+    else:
+        sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 3}
+        small = create_model(name, num_classes=10, **sizes)
+    return small.to("meta")
 
 
 def show(report: tuner.Report, console: Console, *, dry_run: bool = False) -> None:

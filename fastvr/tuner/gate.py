@@ -79,7 +79,8 @@ class Gate:
 
     def _at_ends(self, t: Tensor) -> Tensor:
         # row statistics have one dimension for samples and tokens
-        return t.unflatten(0, (len(self._args[0]), -1))[self._ends].flatten(0, 1)
+        few: Tensor = t.unflatten(0, (len(self._args[0]), -1))[self._ends].flatten(0, 1)
+        return few
 
     def _true(self, named: dict[str, Any]) -> Any:
         few = [self._few(value) if name in _PER_SAMPLE else value for name, value in named.items()]

@@ -19,6 +19,9 @@ from fastvr.ops._op import OPS, Cost, Op, nbytes
 from fastvr.ops.layer_norm import layer_norm
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear
+from fastvr.ops.linear_stats import linear_stats
+from fastvr.ops.norm_linear import norm_linear
+from fastvr.reference.linear_stats import row_stats
 from fastvr.tuner import calls, gate
 from fastvr.tuner.timing import Fn, Times
 from fastvr.tuning import table
@@ -327,7 +330,7 @@ def test_a_models_calls_most_expensive_first_each_key_once() -> None:
     assert [call.weight for call in found] == sorted((call.weight for call in found), reverse=True)
     assert len({(call.op, call.key) for call in found}) == len(found)
     assert {call.op for call in found} >= {"patch_embed", "attention", "linear"}
-    assert {call.count for call in found if call.op == "attention"} == {3}
+    assert {call.count for call in found if call.op == "attention"} == {2}  # the last block has its own
     assert all(tensor.device.type == "meta" for call in found for tensor in call.args if tensor is Tensor)
     with pytest.raises(ValueError, match="at least one"):
         tuner.tune(model, [], budget_seconds=1)
@@ -422,6 +425,30 @@ def test_how_many_samples_are_held_to_the_truth(
         held.check()
         fake.acts = {2: lambda y: y.index_fill(0, torch.tensor([len(y) - 1]), 3.0)}
         with pytest.raises(AssertionError, match="breaks parity"):
+            held.check()
+
+
+def test_row_statistics_are_held_to_the_truth_with_their_samples() -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, wide = meta(12, 5, 96), {"dtype": torch.float32}
+    folded = (x, meta(60, 2, 2, **wide), meta(48, 96), meta(48, **wide), None, 1e-6, "gelu")
+    for op, args in (
+        (linear_stats, (x, meta(96, 96), None, None, x, "none")),
+        (norm_linear, folded),
+    ):
+        call = calls.make_call(op.__name__, args, "interpreter")
+        assert call is not None
+        made = calls.materialise(call, CPU)
+        held = gate.Gate(call, made)
+        assert held._ends is not None
+        truth = held._truth if isinstance(held._truth, tuple) else (held._truth,)
+        assert [len(t) for t in truth] == ([8, 40] if op is linear_stats else [8])
+        if op is norm_linear:
+            assert torch.equal(made[1], row_stats(made[0]))
+            assert torch.equal(made[3], made[2].float().sum(1))
+        with backend.use_backend("triton"):
             held.check()
 
 
