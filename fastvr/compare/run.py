@@ -35,6 +35,7 @@ from fastvr.compare.progress import Reporter, Step
 from fastvr.compare.settings import DTYPES, Settings, check_writable, device_for, write_json
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
+from fastvr.tuner.calls import meta_copy
 
 SECONDS = {"cpu": (10.0, 3.0), "cuda": (3.0, 1.0)}  # of timing a model and batch size; in a quick run
 _TRAFFIC_BATCH = 64
@@ -140,8 +141,8 @@ class Comparison:
             how = family.preprocessing
             images = torch.empty(_TRAFFIC_BATCH, 3, how.size, how.size, dtype=dtype, device="meta")
             images = images.contiguous(memory_format=family.memory_format)
-            model = traffic.meta_copy(self._models[family.key]).to(dtype)
-            peer = traffic.meta_copy(self._eager[family.key][0]).to(dtype)
+            model = meta_copy(self._models[family.key]).to(dtype)
+            peer = meta_copy(self._eager[family.key][0]).to(dtype)
             plain = traffic.eager_traffic(peer, images)
             try:
                 fused = traffic.count(model, images, arch=arch)

@@ -8,7 +8,6 @@ make, and every fill, copy and cast in between counts as a launch of its own.
 from __future__ import annotations
 
 import collections
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvr import backend
+from fastvr.tuner.calls import meta_copy
 
 # Allocation and bookkeeping: they launch nothing. Views are recognised by their schema.
 _FREE = frozenset(
@@ -100,15 +100,6 @@ def flops(model: nn.Module, example: Tensor) -> int:
     with backend.use_backend("reference"), torch.no_grad(), counter:
         module(torch.empty_like(example, device="meta"))
     return int(counter.get_total_flops())
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """The module with its parameters and buffers on meta, strides kept; no memory is allocated for them."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
-    return copy.deepcopy(model, memo)
 
 
 def _channels_last(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastvr import backend, tuning
+from fastvr import backend
 from fastvr.models.vit import ViT
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block, LayerScale
@@ -19,7 +19,6 @@ from fastvr.nn.mlp import Mlp, fused_name
 from fastvr.nn.patch_embed import PatchEmbed
 from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
-from fastvr.ops.linear import table_key
 from fastvr.ops.linear_stats import linear_stats
 from fastvr.ops.norm_linear import fold_norm, norm_linear
 from fastvr.ops.patch_embed_stats import patch_embed_stats
@@ -184,11 +183,9 @@ def folded_if_faster(model: nn.Module, example: torch.Tensor) -> nn.Module:
 
 
 def _measured_faster(model: ViT, example: torch.Tensor) -> bool:
-    """Whether both folded products of a layer were measured to beat a LayerNorm and the vendor's product."""
-    rows = example.shape[0] * (model.grid_size[0] * model.grid_size[1] + model.num_prefix_tokens)
-    block = next(block for block in model.blocks.children() if isinstance(block, Block))
-    assert isinstance(block.attn, Attention)
-    assert isinstance(block.mlp, Mlp)
-    weights: list[torch.Tensor] = [block.attn.qkv.weight, block.mlp.fc1.weight]  # type: ignore[list-item]
-    keys = [table_key(rows, len(w), w.shape[1], w.dtype, kind="norm_linear") for w in weights]
-    return all(tuning.choice(key, example.device, "reference") == "triton" for key in keys)
+    """Whether the launches of the folded model take less time by the table than those of the plain one."""
+    from fastvr.tuner.calls import known_ms, meta_copy
+
+    folded = FoldedViT(meta_copy(model))  # type: ignore[arg-type]
+    ours, theirs = known_ms(folded, example, example.device), known_ms(model, example, example.device)
+    return ours is not None and theirs is not None and ours < theirs

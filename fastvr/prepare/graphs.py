@@ -26,7 +26,7 @@ class Graphs:
         sizes = sorted(set(batch_sizes), reverse=True)
         self._context = context(example.device)
         self._lock = threading.Lock()
-        self._x = _images(example, sizes[0])
+        self._x = images_like(example, sizes[0])
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         with torch.cuda.device(example.device):
             pool: Any = None
@@ -78,7 +78,7 @@ class Graphs:
         return result
 
 
-def _images(example: torch.Tensor, batch: int) -> torch.Tensor:
+def images_like(example: torch.Tensor, batch: int) -> torch.Tensor:
     """Zeros like ``example``, in its layout, ``batch`` of them."""
     last = example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
     images = torch.empty(

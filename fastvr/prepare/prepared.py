@@ -5,17 +5,25 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from fastvr.models._model import Model
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
+from fastvr.prepare.measured import measure_unknown
 from fastvr.prepare.snapshot import snapshot_of
+
+Tune = Literal["quick", False]
 
 
 def prepare(
-    model: Model, example: torch.Tensor, *, batch_sizes: Sequence[int] | None = None
+    model: Model,
+    example: torch.Tensor,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    tune: Tune = "quick",
 ) -> PreparedModel:
     """Prepare ``model`` for inference on images like ``example``.
 
@@ -25,15 +33,18 @@ def prepare(
             is the one that is fastest afterwards.
         batch_sizes: on a GPU, the batch sizes for which a CUDA graph is captured; None is the example's.
             Other batch sizes and image sizes work too, without a graph.
+        tune: on a GPU, "quick" measures what each shape runs fastest with where no table says so: about 20 s
+            at most, once, since what it finds is kept in the user's table. No other thread may call fastvr's
+            ops meanwhile. False measures nothing.
 
     Returns:
         A callable that gives what ``model(x)`` gives, within the parity rule.
 
     Raises:
         ValueError: ``model`` is no ViT or ResNet, is in training mode or has hooks; ``example`` does not fit;
-            ``batch_sizes`` are not positive integers.
+            ``batch_sizes`` are not positive integers; ``tune`` is neither "quick" nor False.
     """
-    return PreparedModel(model, example, batch_sizes=batch_sizes)
+    return PreparedModel(model, example, batch_sizes=batch_sizes, tune=tune)
 
 
 class PreparedModel:
@@ -52,16 +63,24 @@ class PreparedModel:
     """
 
     def __init__(
-        self, model: Model, example: torch.Tensor, *, batch_sizes: Sequence[int] | None = None
+        self,
+        model: Model,
+        example: torch.Tensor,
+        *,
+        batch_sizes: Sequence[int] | None = None,
+        tune: Tune = "quick",
     ) -> None:
         if not isinstance(model, Model):
             raise ValueError(f"prepare: model must be a ViT or ResNet; got {type(model).__name__}")
         if not isinstance(example, torch.Tensor):
             raise ValueError(f"prepare: example must be a torch.Tensor; got {type(example).__name__}")
+        if tune not in ("quick", False):
+            raise ValueError(f'prepare: tune must be "quick" or False; got {tune!r}')
         self._source = weakref.ref(model)
         self._name = type(model).__name__
         self._example = torch.empty_like(example, device="meta")
         self._batch_sizes = _sizes(batch_sizes, example)
+        self._tune = tune
         self._lock = threading.Lock()
         self._prepare(model, example.device, example.dtype)
 
@@ -70,7 +89,10 @@ class PreparedModel:
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
             example = torch.zeros_like(self._example, device=device, dtype=dtype)
-            snapshot = folded_if_faster(snapshot_of(model), example)
+            plain = snapshot_of(model)
+            if self._tune:
+                measure_unknown(plain, example, self._batch_sizes)
+            snapshot = folded_if_faster(plain, example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
             wanted = device.type == "cuda" and self._batch_sizes

@@ -210,7 +210,9 @@ class _Run:
         self.report = Report(self._card.name, path or self._own_path(), "given" if timer else method)
         self._entries: dict[str, tuning.Entry] = {}
         self._trials: list[Trial] = []
-        self._save()
+        if limit is None:
+            # before anything is measured for nothing
+            self._save()
         self._known = self._measured()
 
     def _own_path(self) -> Path:
@@ -241,7 +243,6 @@ class _Run:
             report.stopped = f"the GPU failed: {str(error).splitlines()[0]}"
         finally:
             timing.release()
-        self._save()
         report.seconds = time.monotonic() - self._start
         return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -66,6 +67,15 @@ def on_meta(arguments: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta", requires_grad=False), arguments)
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The module with its parameters and buffers on meta, strides kept; no memory is allocated for them."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
 def schema_calls(run: Callable[[], Any], arch: str) -> list[tuple[str, tuple[Any, ...]]]:
     """The operators that ``run``, its tensors on meta, calls where kernels are forced, as on ``arch``."""
     calls = SchemaCalls()
@@ -125,9 +135,6 @@ def collect(
     Returns:
         The calls, and why others have no kernel, by their op.
     """
-    # the traffic counter's copy: no memory is allocated for it
-    from fastvr.compare.traffic import meta_copy
-
     run = meta_copy(model) if isinstance(model, nn.Module) else model
     groups: dict[tuple[str, str], list[Call]] = {}
     unsupported: dict[str, str] = {}
@@ -150,6 +157,28 @@ def collect(
     calls = {(call.op, call.key): call for group in reversed(ordered) for call in group}
     order = dict.fromkeys((call.op, call.key) for group in ordered for call in group)
     return [calls[which] for which in order], unsupported
+
+
+def known_ms(run: Callable[[Tensor], Any], example: Tensor, device: torch.device) -> float | None:
+    """Milliseconds that the operators which ``run`` calls take on ``device`` by what was measured there, each
+    on the faster of its implementations; None where one of them was not measured.
+
+    Args:
+        run: a module or any callable on meta tensors.
+        example: gives shape, dtype and strides.
+    """
+    arch, x, total = backend.architecture(device), on_meta(example), 0.0
+    run = meta_copy(run) if isinstance(run, nn.Module) else run
+    try:
+        calls = [make_call(op, args, arch) for op, args in schema_calls(lambda: run(x), arch)]
+    except backend.BackendError:
+        return None
+    for call in calls:
+        entry = None if call is None else tuning.lookup(call.key, device)
+        if call is not None and entry is None:
+            return None
+        total += 0.0 if entry is None else entry.ms
+    return total
 
 
 def _with_parts(op: str, args: tuple[Any, ...], arch: str, unsupported: dict[str, str]) -> list[Call]:
