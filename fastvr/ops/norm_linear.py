@@ -36,6 +36,10 @@ def fold_norm(
         the exact product are wrong by far more than the rounding where a row's mean is many deviations);
         ``bias + weight @ ln_bias``, None where neither is given. The last two are float32.
     """
+    if weight.is_meta:
+        # for the sums PyTorch would import its compiler, which takes seconds
+        vector = weight.new_empty(weight.shape[0], dtype=torch.float32)
+        return torch.empty_like(weight), vector, None if ln_bias is None and bias is None else vector
     exact = weight.double()
     folded = (exact * ln_weight.double()).to(weight.dtype)
     total = None if ln_bias is None else exact @ ln_bias.double()

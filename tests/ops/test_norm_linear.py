@@ -185,6 +185,20 @@ def test_order_and_batch_do_not_matter(device):
         assert_order_does_not_matter(lambda: norm_linear(x, row_stats(x), **given))
 
 
+@pytest.mark.parametrize("ln_bias", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_on_meta_gives_the_same_kinds(ln_bias, bias) -> None:
+    def given(size: int, there: bool) -> torch.Tensor | None:
+        return torch.ones(size, dtype=torch.bfloat16) if there else None
+
+    arguments = given(8, True), given(8, ln_bias), torch.ones(6, 8, dtype=torch.bfloat16), given(6, bias)
+    on_meta = fold_norm(*(None if t is None else t.to("meta") for t in arguments))
+    for real, meta in zip(fold_norm(*arguments), on_meta, strict=True):
+        assert (real is None) == (meta is None)
+        if real is not None:
+            assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
 def test_torch_library(device):
     given = inputs((2, 5), 24, 80, torch.bfloat16, device, act="gelu")
     with triton_forced():
