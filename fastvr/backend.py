@@ -231,19 +231,15 @@ def kernel_runs(
     )
 
 
-def run(
+def run_kernel(
     op: str,
     args: Sequence[Any],
     device: torch.device,
     *,
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
-    unsupported: Callable[..., str | None],
-    measured: Callable[..., str],
 ) -> Any:
-    """Run one op by what :func:`kernel_runs` says, and by PyTorch from the first kernel on that fails."""
-    if not kernel_runs(op, args, device, unsupported=unsupported, measured=measured):
-        return run_reference(op, reference, args)
+    """Run one op by its kernel where :func:`kernel_runs`, and by PyTorch from the first one on that fails."""
     if _state.mode == "triton" or _state.strict:
         result = kernel(*args)
     else:

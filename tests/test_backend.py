@@ -116,15 +116,11 @@ def _failing(*args: object) -> torch.Tensor:
 
 def _run(kernel):
     x = torch.empty(4, 8, device="meta")
-    return backend.run(
-        "an_op",
-        (x,),
-        x.device,
-        kernel=kernel,
-        reference=lambda x: x,
-        unsupported=lambda x: None,
-        measured=lambda x: "triton",
-    )
+    if not backend.kernel_runs(
+        "an_op", (x,), x.device, unsupported=lambda x: None, measured=lambda x: "triton"
+    ):
+        return backend.run_reference("an_op", lambda x: x, (x,))
+    return backend.run_kernel("an_op", (x,), x.device, kernel=kernel, reference=lambda x: x)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +184,60 @@ def test_fake_tensors_take_the_operator_without_looking_for_a_gpu():
         y = linear(torch.empty(3, 8, device="cuda:0"), torch.empty(5, 8, device="cuda:0"))
     assert y.shape == (3, 5)
     assert y.device == torch.device("cuda:0")
+
+
+def test_the_kernel_is_called_directly_where_nobody_watches(monkeypatch):
+    def refused(*args: object) -> torch.Tensor:
+        raise AssertionError("the operator was called")
+
+    x, weight = randn(2, 8), torch.nn.Parameter(randn(4, 8))
+    monkeypatch.setattr(LINEAR, "overload", refused)
+    with backend.use_backend("triton"), backend.observe() as ran:
+        linear(x, weight.detach())
+        with torch.no_grad():
+            linear(x, weight)
+        with torch.inference_mode():
+            linear(x, weight)
+    assert dict(ran) == {("linear", "triton"): 3}
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+def _dispatch_mode():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
+
+
+@pytest.mark.parametrize(
+    "watched",
+    [
+        lambda x, w: linear(x, w.requires_grad_()),
+        lambda x, w: linear(x.as_subclass(_Subclass), w),
+        lambda x, w: torch.jit.trace(linear, (x, w)),
+        lambda x, w: _inside(_dispatch_mode(), x, w),
+        lambda x, w: _inside(torch.device("cpu"), x, w),
+        lambda x, w: _inside(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), x, w),
+        lambda x, w: torch.func.functionalize(linear)(x, w),
+    ],
+    ids=["gradient", "subclass", "trace", "dispatch mode", "function mode", "profiler", "transform"],
+)
+def test_the_operator_is_called_where_somebody_watches(watched, monkeypatch):
+    called = []
+    operator = LINEAR.overload
+
+    def noted(*args: object) -> torch.Tensor:
+        called.append(True)
+        return operator(*args)
+
+    monkeypatch.setattr(LINEAR, "overload", noted)
+    with backend.use_backend("triton"):
+        watched(randn(2, 8), randn(4, 8))
+    assert called
+
+
+def _inside(context, x, weight):
+    with context:
+        return linear(x, weight)

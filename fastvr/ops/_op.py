@@ -130,18 +130,20 @@ class Op(Generic[_Result]):
             if self.parts is not None:
                 return self.parts(*args)
             return self._operator(args) if possible else self.reference(*args)
-        fused = self.parts is None or (possible and self._kernel_fits(args, device))
-        if self.parts is not None and not fused and backend.current_backend() != "reference":
-            return self.parts(*args)
-        # in the mode "triton" the operator itself says what is wrong
-        if not possible or (backend.current_backend() == "auto" and not self._kernel_runs(args, device)):
+        if self.parts is None:
+            runs = possible and self._kernel_runs(args, device)
+        else:
+            runs = possible and self._kernel_fits(args, device)
+            if not runs and backend.current_backend() != "reference":
+                return self.parts(*args)
+        if not runs:
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         if forward_ad._current_level >= 0:
             # the dispatcher would drop the tangents without a word
             raise NotImplementedError(
                 f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has"
             )
-        return self._operator(args)
+        return self._operator(args) if _watched(args) else self._launch(args, device)
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
@@ -159,15 +161,15 @@ class Op(Generic[_Result]):
 
     def _forward(self, *args: Any) -> _Result:
         device = args[0].device
+        if self._kernel_runs(args, device):
+            return self._launch(args, device)
         with _no_autocast(device):
-            return backend.run(  # type: ignore[no-any-return]
-                self.name,
-                args,
-                device,
-                kernel=self.kernel,
-                reference=self.reference,
-                unsupported=self.unsupported,
-                measured=self.measured,
+            return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
+
+    def _launch(self, args: tuple[Any, ...], device: torch.device) -> _Result:
+        with _no_autocast(device):
+            return backend.run_kernel(  # type: ignore[no-any-return]
+                self.name, args, device, kernel=self.kernel, reference=self.reference
             )
 
     def _backward(self, grad: torch.Tensor, *args_needs: Any) -> list[torch.Tensor]:
@@ -206,6 +208,23 @@ class Op(Generic[_Result]):
 
     def _flops(self, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return self.cost(*args).flops
+
+
+def _watched(args: Iterable[object]) -> bool:
+    """Whether anybody needs the operator to be called, rather than the kernel behind it: autograd, a mode, a
+    transform, a tracer, the profiler, a subclass. Where nobody does, a call costs less than half."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(a, torch.Tensor) and (type(a) not in _PLAIN or a.is_meta) for a in args)
+        or (torch.is_grad_enabled() and _any_requires_grad(args))
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _any_requires_grad(args: Iterable[object]) -> bool:
