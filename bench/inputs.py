@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from cases import Case
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
 from fastvr.reference.linear_stats import row_stats
-from fastvr.testing import GELU_TAIL
+from fastvr.tuner.calls import SchemaCalls, on_meta
+from fastvr.tuner.gate import absolute_floor as _absolute_floor
 
 _MODULES = {
     "attention_kv": "attention",
@@ -287,27 +287,9 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
-    meta: dict[str, Any] = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), arguments)
-    return meta
-
-
 def absolute_floor(case: Case) -> float:
     """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
-    return GELU_TAIL if case.op in ("linear", "norm_linear") and case.get("act") == "gelu" else 0.0
-
-
-class SchemaCalls(TorchDispatchMode):
-    """Collects the calls of fastvr's operators with the arguments of their schema."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastvr":
-            self.calls.append((func._schema.name.removeprefix("fastvr::"), args))
-        return func(*args, **(kwargs or {}))
+    return _absolute_floor(case.op, case.get("act"))
 
 
 def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
