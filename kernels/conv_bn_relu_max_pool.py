@@ -204,9 +204,10 @@ def default_config(
     n: int, ph: int, pw: int, dtype: torch.dtype, arch: str, *, uint8: bool = False
 ) -> dict[str, int]:
     """For ``n`` images of ``ph`` x ``pw`` pooled pixels: tall strips where they still make two waves of
-    programs on a large GPU."""
+    programs on a large GPU (and in the interpreter, which takes time by the program)."""
     tall, short = candidate_configs(dtype, arch, uint8=uint8)
-    return tall if n * ceil_div(ph, tall["ROWS"]) * ceil_div(pw, tall["BLOCK_M"] - 1) >= 256 else short
+    programs = n * ceil_div(ph, tall["ROWS"]) * ceil_div(pw, tall["BLOCK_M"] - 1)
+    return tall if programs >= 256 or arch == "interpreter" else short
 
 
 def launch_conv_bn_relu_max_pool_fwd(
