@@ -29,7 +29,15 @@ import torch  # noqa: E402
 from launches import Job  # noqa: E402
 
 # PyTorch's switch for convolutions lets them use TF32
-_CONVOLUTIONS = ("conv_bn_relu", "dual_conv_bn_relu", "patch_embed", "patch_embed_stats")
+_CONVOLUTIONS = (
+    "conv_bn_relu",
+    "dual_conv_bn_relu",
+    "conv_bn_relu_max_pool",
+    "bottleneck",
+    "bottleneck_chain",
+    "patch_embed",
+    "patch_embed_stats",
+)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 

@@ -130,6 +130,22 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         "bottleneck_chain": [
             block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
         ],
+        "conv_bn_relu_max_pool": [
+            Case.of(
+                "conv_bn_relu_max_pool",
+                label,
+                batch=batch,
+                channels=3,
+                out=64,
+                kernel=7,
+                stride=2,
+                padding=3,
+                height=224,
+                width=224,
+                **rest,
+            )
+            for label, rest in (("stem", {}), ("stem uint8", {"uint8": True}))
+        ],
         "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
         "avg_pool_linear": [
             Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
@@ -195,6 +211,12 @@ SMALL: dict[str, list[Case]] = {
         Case.of(
             "bottleneck_chain", "+res", batch=2, planes=64, out=128, stride=1, residual=True, following=64,
             height=7, width=7,
+        ),
+    ],
+    "conv_bn_relu_max_pool": [
+        Case.of(
+            "conv_bn_relu_max_pool", "stem", batch=2, channels=3, out=64, kernel=7, stride=2, padding=3,
+            height=32, width=32,
         ),
     ],
     "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
@@ -283,6 +305,11 @@ _KINDS: _Kinds = {
         {"planes": 64, "out": 256, "stride": 1, "residual": True, "following": 128},
         {"planes": 32, "out": 64, "stride": 2, "source": 64, "following": 32},
         {"planes": 128, "out": 128, "stride": 1, "following": 128},
+    ],
+    "conv_bn_relu_max_pool": [
+        {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3},
+        {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3, "uint8": True},
+        {"channels": 1, "out": 31, "kernel": 3, "stride": 1, "padding": 1},
     ],
     "max_pool": [{}],
     "avg_pool_linear": [{}, {"bias": False}],

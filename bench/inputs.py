@@ -204,6 +204,13 @@ def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _conv_bn_relu_max_pool(case: Case, make: _Maker) -> dict[str, Any]:
+    names = ("x", "mean", "std", "weight", "stride", "padding")
+    given = {name: value for name, value in _conv_bn_relu(case, make).items() if name in names}
+    pool = {"pool_size": 3, "pool_stride": 2, "pool_padding": 1}
+    return given | {"bn": _norm(make, case["out"]), **pool}
+
+
 def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
     from fastvr.ops.bottleneck import Shortcut
 
@@ -261,6 +268,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "dual_conv_bn_relu": _dual_conv_bn_relu,
     "bottleneck": _bottleneck,
     "bottleneck_chain": _bottleneck,
+    "conv_bn_relu_max_pool": _conv_bn_relu_max_pool,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }

@@ -185,6 +185,10 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),
+        "conv_bn_relu_max_pool": (
+            *(t(8, 3, 224, 224), t(64, 3, 7, 7), *norm, 1e-5, [2, 2], [3, 3]),
+            *([3, 3], [2, 2], [1, 1], None, None),
+        ),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
-from fastvr.nn.conv_bn_relu import conv_bn_relu
-from fastvr.nn.head import classify_map, pool_map
+from fastvr.nn.head import classify_map
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, run_stage
-from fastvr.reference.image import normalize
+from fastvr.nn.stem import stem
 
 
 class ResNet(Model):
@@ -91,8 +90,8 @@ class ResNet(Model):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
         dtype = check_image(self, x, None, self.conv1)
-        x = normalize(x, *self.image_moments(x, dtype), dtype)
-        x = pool_map(self.maxpool, conv_bn_relu(self.conv1, self.bn1, self.relu, x))
+        moments = self.image_moments(x, dtype)
+        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = run_stage(stage, x)
         return x

@@ -258,12 +258,12 @@ class ViT(Model):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         embed = self.patch_embed
         dtype = self.check_image(x)
-        x = normalize(x, *self.image_moments(x, dtype), dtype)
+        moments = self.image_moments(x, dtype)
         pos_embed, prefix = self.embedding()
         if plain(embed, PatchEmbed):
-            x = embed.tokens(x, pos_embed, prefix)
+            x = embed.tokens(x, pos_embed, prefix, *moments, dtype)
         else:
-            x = add_tokens(embed(x), pos_embed, prefix)
+            x = add_tokens(embed(normalize(x, *moments, dtype)), pos_embed, prefix)
         y: torch.Tensor = self.pos_drop(x)
         return y
 

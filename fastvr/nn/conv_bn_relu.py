@@ -111,7 +111,7 @@ def dual_conv_bn_relu(
 
 
 def batch_norm(bn: nn.Module) -> BatchNorm | None:
-    """What ``bn`` computes by running statistics,, in eval or frozen in training; None where it does
+    """What ``bn`` computes by running statistics, in eval or frozen in training; None where it does
     not, or where it is observed or replaced."""
     if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
         return BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -29,11 +31,16 @@ def classify_map(avgpool: nn.Module, fc: nn.Module, x: torch.Tensor) -> torch.Te
 
 def pool_map(maxpool: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``maxpool(x)``, through the op where ``maxpool`` is a plain ``nn.MaxPool2d``."""
-    if (
-        plain(maxpool, nn.MaxPool2d)
-        and not (maxpool.ceil_mode or maxpool.return_indices)
-        and maxpool.dilation in (1, (1, 1))
-    ):
+    if plain_pool(maxpool):
         return max_pool(x, maxpool.kernel_size, maxpool.stride, maxpool.padding)
     y: torch.Tensor = maxpool(x)
     return y
+
+
+def plain_pool(maxpool: nn.Module) -> TypeGuard[nn.MaxPool2d]:
+    """Whether ``maxpool`` is a plain ``nn.MaxPool2d`` that the op can compute: no dilation, no indices."""
+    return (
+        plain(maxpool, nn.MaxPool2d)
+        and not (maxpool.ceil_mode or maxpool.return_indices)
+        and maxpool.dilation in (1, (1, 1))
+    )

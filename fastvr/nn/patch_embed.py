@@ -7,6 +7,7 @@ from torch import nn
 
 from fastvr.nn.plain import plain
 from fastvr.ops.patch_embed import patch_embed
+from fastvr.reference.image import normalize
 
 
 class PatchEmbed(nn.Module):
@@ -42,12 +43,26 @@ class PatchEmbed(nn.Module):
         x: torch.Tensor,
         pos_embed: torch.Tensor | None = None,
         prefix_tokens: torch.Tensor | None = None,
+        mean: torch.Tensor | None = None,
+        std: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """The tokens with ``prefix_tokens`` [P, D] in front, ``pos_embed`` [1, P + num_patches, D] added."""
+        """The tokens with ``prefix_tokens`` [P, D] in front, ``pos_embed`` [1, P + num_patches, D] added.
+
+        A uint8 ``x`` is ``(x / 255 - mean) / std``, in ``dtype`` where ``proj`` is called.
+        """
         proj = self.proj
         if plain(proj, nn.Conv2d) and self.one_launch():
-            return patch_embed(x, proj.weight, proj.bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens)
-        y: torch.Tensor = proj(x).flatten(2).transpose(1, 2)
+            return patch_embed(
+                x,
+                proj.weight,
+                proj.bias,
+                pos_embed=pos_embed,
+                prefix_tokens=prefix_tokens,
+                mean=mean,
+                std=std,
+            )
+        y: torch.Tensor = proj(normalize(x, mean, std, dtype)).flatten(2).transpose(1, 2)
         return add_tokens(y, pos_embed, prefix_tokens)
 
     def one_launch(self) -> bool:

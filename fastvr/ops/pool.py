@@ -38,11 +38,7 @@ def max_pool(
     """
     op = "max_pool"
     _check.operand(op, "x", x)
-    window = pair(op, "kernel_size", kernel_size, 1)
-    step = window if stride is None else pair(op, "stride", stride, 1)
-    border = pair(op, "padding", padding, 0)
-    if any(2 * p > k for p, k in zip(border, window, strict=True)):
-        raise ValueError(f"{op}: padding must be at most half of kernel_size {window}; got {border}")
+    window, step, border = pool_window(op, ("kernel_size", "stride", "padding"), kernel_size, stride, padding)
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"{op}: x must be [N, C, H, W] with C > 0; got {list(x.shape)}")
     if min(_pooled_shape(x, window, step, border)[2:]) < 1:
@@ -51,6 +47,22 @@ def max_pool(
             f"got {x.shape[2]} x {x.shape[3]}"
         )
     return MAX_POOL(x, window, step, border)
+
+
+def pool_window(
+    op: str,
+    names: tuple[str, str, str],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+) -> tuple[list[int], list[int], list[int]]:
+    """A pool's size, stride and padding, each [vertical, horizontal]; ``names`` is what they are called."""
+    window = pair(op, names[0], kernel_size, 1)
+    step = window if stride is None else pair(op, names[1], stride, 1)
+    border = pair(op, names[2], padding, 0)
+    if any(2 * p > k for p, k in zip(border, window, strict=True)):
+        raise ValueError(f"{op}: {names[2]} must be at most half of {names[0]} {window}; got {border}")
+    return window, step, border
 
 
 def avg_pool_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,8 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvr
+from fastvr import backend
+from fastvr.reference.image import normalize
 from fastvr.testing import assert_parity, truth_model
 
 KINDS = ["vit", "basic", "bottleneck"]
@@ -42,6 +45,81 @@ def test_the_numbers_of_normalising_first(kind, dtype, mode, tiny, device) -> No
                 given = x.contiguous(memory_format=layout)
                 assert_parity(model(given), eager, exact)
                 assert_parity(prepared(given), eager, exact)
+
+
+class Readers(TorchDispatchMode):
+    """The names of the operators that are given uint8 tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.uint8 for a in args):
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+FIRST = {"vit": "patch_embed", "basic": "conv_bn_relu_max_pool", "bottleneck": "conv_bn_relu_max_pool"}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_first_launch_reads_the_images(kind, grad, tiny, device) -> None:
+    model = tiny(kind).to(device).normalize_images(MEAN, STD)
+    x = pixels(1).to(device)
+    model(x)  # the moments are made once
+    with (
+        torch.set_grad_enabled(grad),
+        fastvr.use_backend("triton"),
+        backend.observe() as ran,
+        Readers() as readers,
+    ):
+        model(x)
+    assert readers.names == [f"fastvr::{FIRST[kind]}"]
+    assert {implementation for _, implementation in ran} == {"triton"}
+    assert ran[FIRST[kind], "triton"] == 1
+
+
+@pytest.mark.parametrize(("name", "most"), [("vit_base", 76), ("resnet50", 38)])
+def test_bytes_take_no_launch_of_their_own(name, most) -> None:
+    from fastvr.compare.traffic import count
+
+    with torch.device("meta"):
+        model = fastvr.create_model(name).bfloat16().eval().normalize_images(MEAN, STD)
+        images = torch.empty(8, 3, 224, 224, dtype=torch.bfloat16)
+    floating, bytes_ = (count(model, x, arch="sm_90") for x in (images, images.to(torch.uint8)))
+    assert floating is not None
+    assert bytes_ is not None
+    assert floating.launches == bytes_.launches == most
+    # an image is read once, in half the bytes; the rest are the moments
+    assert 0 <= bytes_.bytes - (floating.bytes - images.numel()) < 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "observed"),
+    [
+        ("vit", "patch_embed"),
+        ("vit", "patch_embed.proj"),
+        ("basic", "conv1"),
+        ("basic", "bn1"),
+        ("bottleneck", "relu"),
+        ("bottleneck", "maxpool"),
+    ],
+)
+def test_what_somebody_observes_is_called(kind, observed, tiny, device) -> None:
+    model, x = tiny(kind).to(device).normalize_images(MEAN, STD), pixels().to(device)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        with fastvr.use_backend("reference"):
+            eager = model(normalized(x, torch.float32))
+            exact = truth_model(model)(normalized(x, torch.float64))
+        model.get_submodule(observed).register_forward_hook(lambda _, args, y: seen.append(args[0]))
+        with fastvr.use_backend("triton"):
+            assert_parity(model(x), eager, exact)
+    assert [s.dtype for s in seen] == [torch.float32]
+    if observed in ("patch_embed", "patch_embed.proj", "conv1"):
+        assert torch.equal(seen[0], normalize(x, *model.image_moments(x, torch.float32), torch.float32))
 
 
 def test_one_number_for_every_channel(tiny) -> None:

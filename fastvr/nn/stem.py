@@ -1,0 +1,50 @@
+"""The stem of a ResNet: from an image to the first stage's map."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, plain_conv
+from fastvr.nn.head import plain_pool, pool_map
+from fastvr.nn.plain import plain
+from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
+from fastvr.reference.image import normalize
+
+
+def stem(
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module,
+    maxpool: nn.Module,
+    x: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``maxpool(relu(bn(conv(x))))`` of images; uint8 ones become ``dtype`` by ``mean`` and ``std``.
+
+    One launch where ``bn`` normalises by its running statistics and no module is observed or replaced.
+    """
+    norm = batch_norm(bn)
+    if (
+        norm is not None
+        and plain_conv(conv)
+        and conv.bias is None
+        and conv.groups == 1
+        and plain(relu, nn.ReLU)
+        and plain_pool(maxpool)
+    ):
+        return conv_bn_relu_max_pool(
+            x,
+            conv.weight,
+            norm,
+            stride=conv.stride,
+            padding=conv.padding,  # type: ignore[arg-type]
+            pool_size=maxpool.kernel_size,
+            pool_stride=maxpool.stride,
+            pool_padding=maxpool.padding,
+            mean=mean,
+            std=std,
+        )
+    return pool_map(maxpool, conv_bn_relu(conv, bn, relu, normalize(x, mean, std, dtype)))
