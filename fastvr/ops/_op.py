@@ -130,8 +130,10 @@ class Op(Generic[_Result]):
             if self.parts is not None:
                 return self.parts(*args)
             return self._operator(args) if possible else self.reference(*args)
+        auto = backend.current_backend() == "auto"
         if self.parts is None:
-            runs = possible and self._kernel_runs(args, device)
+            # in the mode "triton" the operator itself says what is wrong
+            runs = possible and (not auto or self._kernel_runs(args, device))
         else:
             runs = possible and self._kernel_fits(args, device)
             if not runs and backend.current_backend() != "reference":
@@ -143,7 +145,9 @@ class Op(Generic[_Result]):
             raise NotImplementedError(
                 f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has"
             )
-        return self._operator(args) if _watched(args) else self._launch(args, device)
+        if _watched(args):
+            return self._operator(args)
+        return self._launch(args, device) if auto else self._forward(*args)
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
