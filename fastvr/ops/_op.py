@@ -2,16 +2,16 @@
 
 An :class:`Op` is registered once, at import, as ``torch.ops.fastvr.<name>``, so that ``torch.compile``,
 ``torch.export``, FakeTensor, ``opcheck`` and the FLOP counter see one opaque, well-described operator.
-Its gradient is a second operator, ``torch.ops.fastvr.<name>_backward``; where an op has no backward kernel,
-that is the gradient of its reference.
+Its gradient is made of ops again, with kernels and references of their own (:class:`Gradient`); where it has
+none, it is a second operator, ``torch.ops.fastvr.<name>_backward``, which differentiates its reference.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -42,6 +42,31 @@ def nbytes(arguments: Iterable[object]) -> int:
     return sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
 
 
+@dataclasses.dataclass(frozen=True)
+class Gradient(Generic[_Arguments]):
+    """An op's gradient, by kernels.
+
+    Args:
+        saves: which of the op's arguments (by name) and results (by place) backward reads, for the arguments
+            that need a gradient. Nothing else is kept.
+        backward: called with the arguments, those that were not saved as a :class:`Kind`; the results, None
+            where not saved; the gradient of the first result, the only one that has one; and the names that
+            need a gradient. Returns gradients by name.
+    """
+
+    saves: Callable[[frozenset[str]], Iterable[str | int]]
+    backward: Callable[
+        [_Arguments, tuple[Any, ...], torch.Tensor, frozenset[str]], Mapping[str, torch.Tensor]
+    ]
+
+
+class Kind(NamedTuple):
+    """What is left of a tensor that was not saved."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Op(Generic[_Result]):
     """One operator.
 
@@ -59,9 +84,10 @@ class Op(Generic[_Result]):
         cost: FLOPs and bytes.
         parts: for an op that fuses others: the same by their public functions, each of which chooses for
             itself, taking the schema's arguments one by one. What runs where the kernel does not.
-        returns: of the schema; more than one tensor takes ``differentiable=False``.
-        differentiable: False for an op that only inference uses. It has no ``<name>_backward``, and refuses
-            tensors that need a gradient.
+        returns: of the schema; more than one tensor takes a ``gradient`` or ``differentiable=False``.
+        gradient: by kernels; None is the gradient of the reference.
+        differentiable: False for an op that only inference uses, or that is itself part of a gradient. It
+            refuses tensors that need one.
 
     As attributes all of them take the schema's arguments one by one.
     """
@@ -80,6 +106,7 @@ class Op(Generic[_Result]):
         cost: Callable[[_Arguments], Cost],
         parts: Callable[..., _Result] | None = None,
         returns: str = "Tensor",
+        gradient: Gradient[_Arguments] | None = None,
         differentiable: bool = True,
     ) -> None:
         def spread(function: Callable[[_Arguments], _Value]) -> Callable[..., _Value]:
@@ -93,11 +120,17 @@ class Op(Generic[_Result]):
         self.cost = spread(cost)
         self.parts = parts
         self.differentiable = differentiable
+        self._arguments = arguments
+        self._gradient = gradient
         _library.define(f"{name}({parameters}) -> {returns}")
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvr::{name}", spread(fake), lib=_library)
         self.overload = getattr(torch.ops.fastvr, name).default
-        if differentiable:
+        if gradient is not None:
+            torch.library.register_autograd(
+                f"fastvr::{name}", self._gradient_backward, setup_context=self._save, lib=_library
+            )
+        elif differentiable:
             self._define_backward(parameters)
         register_flop_formula(getattr(torch.ops.fastvr, name), get_raw=True)(self._flops)
         OPS[name] = self
@@ -176,17 +209,58 @@ class Op(Generic[_Result]):
                 self.name, args, device, kernel=self.kernel, reference=self.reference
             )
 
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert self._gradient is not None
+        ctx.set_materialize_grads(False)
+        results = output if isinstance(output, tuple) else (output,)
+        names = [argument.name for argument in self.overload._schema.arguments]
+        saves = set(self._gradient.saves(self._needs(ctx)))
+        kept: dict[str | int, torch.Tensor] = {}
+        ctx.others = {}
+        for name, value in [*zip(names, inputs, strict=True), *enumerate(results)]:
+            if not isinstance(value, torch.Tensor):
+                ctx.others[name] = value
+            elif name in saves:
+                kept[name] = value
+            else:
+                ctx.others[name] = None if isinstance(name, int) else Kind(value.shape, value.dtype)
+        ctx.kept = list(kept)
+        ctx.save_for_backward(*kept.values())
+
+    def _needs(self, ctx: Any) -> frozenset[str]:
+        # torch.library appends an argument of its own
+        pairs = zip(self.overload._schema.arguments, ctx.needs_input_grad, strict=False)
+        return frozenset(argument.name for argument, need in pairs if need)
+
+    def _gradient_backward(
+        self, ctx: Any, grad: torch.Tensor | None, *others: object
+    ) -> tuple[torch.Tensor | None, ...]:
+        assert self._gradient is not None
+        self._refuse_double_backward()
+        names = [argument.name for argument in self.overload._schema.arguments]
+        if grad is None:
+            return (None,) * len(names)
+        values = ctx.others | dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        results = tuple(values[i] for i in range(len(values) - len(names)))
+        needs = self._needs(ctx)
+        with _no_autocast(grad.device):
+            grads = self._gradient.backward(
+                self._arguments(*(values[name] for name in names)), results, grad, needs
+            )
+        return tuple(grads[name] if name in needs else None for name in names)
+
+    def _refuse_double_backward(self) -> None:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"fastvr.{self.name} has no second derivative; use_backend('reference') has every one"
+            )
+
     def _backward(self, grad: torch.Tensor, *args_needs: Any) -> list[torch.Tensor]:
         """The gradients of the reference with respect to the tensor arguments that ``needs`` asks for."""
         *args, needs = args_needs
         wanted = _wanted(args, needs)
-        with torch.enable_grad(), _no_autocast(grad.device):
-            leaves = [
-                arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
-                for i, arg in enumerate(args)
-            ]
-            result: Any = self.reference(*leaves)
-            grads = torch.autograd.grad(result, [leaves[i] for i in wanted], grad)
+        with _no_autocast(grad.device):
+            grads = reference_gradients(self.reference, args, grad, wanted)
         # strides as the fake says, and no result that is another's memory (torch.library forbids both)
         return [_like(given, args[i]) for given, i in zip(grads, wanted, strict=True)]
 
@@ -199,10 +273,7 @@ class Op(Generic[_Result]):
         ctx.others = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
 
     def _autograd_backward(self, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"fastvr.{self.name} has no second derivative; use_backend('reference') has every one"
-            )
+        self._refuse_double_backward()
         tensors = iter(ctx.saved_tensors)
         args = [next(tensors) if other is None else other[0] for other in ctx.others]
         needs = [bool(need) for need in ctx.needs_input_grad]
@@ -212,6 +283,18 @@ class Op(Generic[_Result]):
 
     def _flops(self, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return self.cost(*args).flops
+
+
+def reference_gradients(
+    reference: Callable[..., Any], args: Sequence[Any], grad: torch.Tensor, wanted: Sequence[int]
+) -> Sequence[torch.Tensor]:
+    """Gradients of ``reference(*args)`` with respect to the arguments at the places ``wanted``."""
+    with torch.enable_grad():
+        leaves = [
+            arg.detach().requires_grad_(i in wanted) if isinstance(arg, torch.Tensor) else arg
+            for i, arg in enumerate(args)
+        ]
+        return torch.autograd.grad(reference(*leaves), [leaves[i] for i in wanted], grad)
 
 
 def _watched(args: Iterable[object]) -> bool:

@@ -1,4 +1,4 @@
-"""layer_norm: LayerNorm over the last dimension, one launch."""
+"""layer_norm: LayerNorm over the last dimension, one launch; layer_norm_backward: its gradient, two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op, nbytes
+from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.linear import unit_rows
 from fastvr.reference.layer_norm import layer_norm as reference
 
@@ -125,6 +125,125 @@ def _cost(a: Arguments) -> Cost:
     return Cost(0, moved + a.x.numel() * (a.out_dtype or a.x.dtype).itemsize)
 
 
+class BackwardArguments(NamedTuple):
+    grad: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+    needs_x: bool
+    needs_parameters: bool
+
+
+def _sizes_of_gradients(a: BackwardArguments) -> tuple[torch.Size, tuple[int]]:
+    """What is not needed comes back empty: an operator cannot return None."""
+    n = a.weight.shape[0]
+    return a.x.shape if a.needs_x else torch.Size([0]), (n if a.needs_parameters else 0,)
+
+
+_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _backward_key(x: torch.Tensor) -> str:
+    n = x.shape[-1]
+    return tuning.key("layer_norm_backward", x.dtype, m=tuning.bucket(x.numel() // max(n, 1)), n=n)
+
+
+def _backward_kernel(a: BackwardArguments) -> _Gradients:
+    from fastvr.kernels.layer_norm import (
+        bwd_programs,
+        candidate_bwd_configs,
+        default_bwd_config,
+        launch_layer_norm_bwd,
+    )
+
+    like_x, like_weight = _sizes_of_gradients(a)
+    dx = backend.empty(like_x, dtype=a.x.dtype, device=a.x.device)
+    dweight, dbias = (backend.empty(like_weight, dtype=a.weight.dtype, device=a.x.device) for _ in range(2))
+    if a.x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    rows, grads = unit_rows(a.x), unit_rows(a.grad)
+    assert rows is not None
+    assert grads is not None
+    arch, (m, n) = backend.architecture(a.x.device), rows.shape
+    config = tuning.config(
+        "layer_norm_backward",
+        _backward_key(a.x),
+        a.x.device,
+        default=lambda: default_bwd_config(n, arch),
+        candidates=lambda: candidate_bwd_configs(n, arch),
+    )
+    parts = None
+    if a.needs_parameters:
+        parts = backend.empty((bwd_programs(m, config), 2, n), dtype=torch.float32, device=a.x.device)
+    launch_layer_norm_bwd(
+        grad=grads,
+        x=rows,
+        weight=a.weight.contiguous(),
+        dx=dx.view(rows.shape) if a.needs_x else None,
+        parts=parts,
+        dweight=dweight if a.needs_parameters else None,
+        dbias=dbias if a.needs_parameters else None,
+        eps=a.eps,
+        config=config,
+    )
+    return dx, dweight, dbias
+
+
+def _backward_reference(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> _Gradients:
+    wanted = [0] * needs_x + [1, 2] * needs_parameters
+    args = (x, weight, torch.zeros_like(weight), eps, grad.dtype)
+    found = dict(zip(wanted, reference_gradients(reference, args, grad, wanted), strict=True))
+    dweight, dbias = (found.get(i, weight.new_empty(0)) for i in (1, 2))
+    return found.get(0, x.new_empty(0)), dweight, dbias
+
+
+def _backward_fake(a: BackwardArguments) -> _Gradients:
+    like_x, like_weight = _sizes_of_gradients(a)
+    return a.x.new_empty(like_x), a.weight.new_empty(like_weight), a.weight.new_empty(like_weight)
+
+
+def _backward_unsupported(a: BackwardArguments) -> str | None:
+    from fastvr.kernels.layer_norm import MAX_ROW
+
+    if a.weight.shape[0] > MAX_ROW:
+        return f"{a.weight.shape[0]} features; the kernel takes at most {MAX_ROW}"
+    return _check.kernel_dtypes(*a)
+
+
+def _backward_cost(a: BackwardArguments) -> Cost:
+    return Cost(0, nbytes(a) + nbytes(_backward_fake(a)))
+
+
+LAYER_NORM_BACKWARD = Op(
+    "layer_norm_backward",
+    "Tensor grad, Tensor x, Tensor weight, float eps, bool needs_x, bool needs_parameters",
+    arguments=BackwardArguments,
+    kernel=_backward_kernel,
+    reference=_backward_reference,
+    fake=_backward_fake,
+    unsupported=_backward_unsupported,
+    measured=lambda a: tuning.choice(_backward_key(a.x), a.x.device, "triton"),
+    cost=_backward_cost,
+    returns="(Tensor, Tensor, Tensor)",
+    differentiable=False,
+)
+
+
+def _backward(
+    a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    parameters = bool(needs & {"weight", "bias"})
+    dx, dweight, dbias = LAYER_NORM_BACKWARD(grad, a.x, a.weight, a.eps, "x" in needs, parameters)
+    return {"x": dx, "weight": dweight, "bias": dbias}
+
+
 LAYER_NORM = Op(
     "layer_norm",
     "Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType? out_dtype",
@@ -135,4 +254,5 @@ LAYER_NORM = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    gradient=Gradient(saves=lambda needs: ("x", "weight"), backward=_backward),
 )
