@@ -46,9 +46,10 @@ def conv_bn_relu(
         if bn_bias is not None:
             y = y + bn_bias[:, None, None]
         y = y.to(dtype)
+    # in place, as torchvision's blocks have it: y is nobody else's, and nothing here saves it for backward
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     if act == "relu":
-        y = F.relu(y)
+        y = y.relu_()
     # the layout that the kernel writes, and that the operator's fake implementation promises
     return y.contiguous(memory_format=torch.channels_last)
