@@ -28,6 +28,8 @@ import rules  # noqa: E402
 import torch  # noqa: E402
 from launches import Job  # noqa: E402
 
+# PyTorch's switch for convolutions lets them use TF32
+_CONVOLUTIONS = ("conv_bn_relu", "dual_conv_bn_relu", "patch_embed", "patch_embed_stats")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -54,7 +56,7 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim")
+    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim", "uint8")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)
@@ -75,6 +77,10 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
     cards that differ from sm_80 in little but their shared memory."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
+    # configurations for a small batch only
+    known = {job.forced for job in swept}
+    few = [job for job in _own(op, dtype, arch, todo[0].at_batch(1)) if job.forced not in known]
+    swept[-1:-1] = few
     if dtype == "float16":
         # bfloat16's code but for the activation
         return [] if op in ("layer_norm", "max_pool") else swept[:1]
@@ -104,14 +110,14 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
     tasks: list[Task] = []
     for arch in archs:
         for op in ops:
-            for dtype in cases.DTYPES:
+            for dtype in (name for name in cases.DTYPES if op in cases.ops(name)):
                 chosen = _few(op, dtype, arch)
                 if everything:
                     shapes = (*cases.cases(op, real=True), *kinds(op))
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
                 chosen = list(dict.fromkeys(chosen))
                 tasks += [Task(job, count=index == 0 or everything) for index, job in enumerate(chosen)]
-                if dtype == "float32" and op in ("conv_bn_relu", "patch_embed"):
+                if dtype == "float32" and op in _CONVOLUTIONS:
                     tasks += [Task(job, tf32=True) for job in chosen]
     return tasks
 
@@ -119,6 +125,8 @@ def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
 def _config_text(launch: launches.Launch) -> str:
     blocks = [str(v) for k, v in launch.arguments.items() if k.startswith("BLOCK_")]
     options = launch.options
+    chosen = {name: int(launch.arguments.get(name) or 0) for name in ("TMA", "PERSISTENT", "SPLIT_K")}
+    blocks[-1:] = [" ".join([*blocks[-1:], *(f"{k}={v}" for k, v in chosen.items() if v > (k == "SPLIT_K"))])]
     return "x".join(blocks) + f" w{options.get('num_warps', '-')} s{options.get('num_stages', '-')}"
 
 
@@ -175,9 +183,10 @@ def audit(task: Task) -> list[Row]:
 
 
 def _carries(launch: launches.Launch, job: Job) -> bool:
-    """False for an op's other launch, which has a configuration of its own."""
+    """False for an op's other launch, which has a configuration of its own. One that only finishes the work
+    (the sum behind a split product) takes a part of the configuration."""
     passed = launch.arguments | launch.options
-    return any(all(passed.get(key) == value for key, value in config) for _, config in job.forced)
+    return any(all(passed.get(key, value) == value for key, value in config) for _, config in job.forced)
 
 
 def source_rows() -> list[Row]:

@@ -1,5 +1,6 @@
-"""attention: softmax(q k / sqrt d) v of ViT's heads on packed qkv."""
+"""attention: softmax(q k / sqrt d) v of ViT's heads on packed qkv, and of the class token alone."""
 
 from harness import op_benchmark
 
 test_attention = op_benchmark("attention")
+test_attention_kv = op_benchmark("attention_kv")

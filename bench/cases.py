@@ -47,6 +47,7 @@ class Case:
 
 def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
     size: dict[str, Any] = {"batch": batch, "tokens": tokens}
+    image = {"batch": batch, "channels": 3, "height": 224, "width": 224, "patch": 16, "dim": dim}
     return {
         "linear": [
             Case.of("linear", f"{name} qkv", **size, k=dim, n=3 * dim),
@@ -55,9 +56,25 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
+        "linear_stats": [
+            Case.of("linear_stats", f"{name} proj", **size, k=dim, n=dim, residual=True),
+            Case.of("linear_stats", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+        ],
+        "norm_linear": [
+            Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
+            Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
+        ],
         "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
+        "attention_kv": [
+            Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
+        ],
         "patch_embed": [
-            Case.of("patch_embed", name, batch=batch, channels=3, height=224, width=224, patch=16, dim=dim)
+            Case.of("patch_embed", name, **image),
+            Case.of("patch_embed", f"{name} uint8", **image, uint8=True),
+        ],
+        "patch_embed_stats": [
+            Case.of("patch_embed_stats", name, **image),
+            Case.of("patch_embed_stats", f"{name} uint8", **image, uint8=True, channels_last=True),
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
@@ -68,13 +85,20 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
     """Every distinct convolution of ResNet-50 v1.5 once, in the order of the network."""
 
     def conv(c: int, o: int, kernel: int, size: int, *, stride: int = 1, **rest: Any) -> Case:
-        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px" + (" +res" if rest.get("residual") else "")
+        label = f"{c}->{o} {kernel}x{kernel}/{stride} {size}px"
+        label += " +res" if rest.get("residual") else " uint8" if rest.get("uint8") else ""
         return Case.of(
             "conv_bn_relu", label, batch=batch, channels=c, out=o, kernel=kernel, stride=stride,
             padding=kernel // 2, height=size, width=size, **rest,
         )  # fmt: skip
 
-    convs = [conv(3, 64, 7, 224, stride=2)]
+    def dual(c: int, c2: int, o: int, size: int, *, stride: int) -> Case:
+        return Case.of(
+            "dual_conv_bn_relu", f"{c}+{c2}->{o} /{stride} {size}px", batch=batch, channels=c, channels2=c2,
+            out=o, stride=stride, height=size, width=size,
+        )  # fmt: skip
+
+    convs, duals = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -88,9 +112,11 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         ]
         if stride == 2:
             convs.append(conv(width, width, 3, inner))
+        duals.append(dual(width, channels, wide, inner, stride=stride))
         channels, size = wide, inner
     return {
         "conv_bn_relu": convs,
+        "dual_conv_bn_relu": duals,
         "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
         "avg_pool_linear": [
             Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
@@ -114,9 +140,20 @@ SMALL: dict[str, list[Case]] = {
         Case.of("linear", "fc2", batch=2, tokens=50, k=768, n=192, gamma=True, residual=True),
         Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
     ],
+    "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
+    "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
     "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
+    "attention_kv": [
+        Case.of("attention_kv", "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)
+    ],
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
+    ],
+    "patch_embed_stats": [
+        Case.of(
+            "patch_embed_stats", "ViT-Ti uint8", batch=2, channels=3, height=112, width=112, patch=16,
+            dim=192, uint8=True,
+        )
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
@@ -130,11 +167,22 @@ SMALL: dict[str, list[Case]] = {
             height=64, width=64,
         ),
     ],
+    "dual_conv_bn_relu": [
+        Case.of(
+            "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
+            height=7, width=7,
+        ),
+    ],
     "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
     "avg_pool_linear": [Case.of("avg_pool_linear", "head", batch=2, channels=512, height=7, width=7, n=100)],
 }  # fmt: skip
 
 OPS = tuple(SMALL)
+
+
+def ops(dtype: str) -> tuple[str, ...]:
+    """The ops with a kernel for ``dtype``: a LayerNorm is folded into 16-bit weights only."""
+    return tuple(op for op in OPS if op != "norm_linear" or dtype != "float32")
 
 
 def cases(op: str, *, real: bool) -> list[Case]:
@@ -151,15 +199,26 @@ _KINDS: _Kinds = {
         {"act": "relu", "bias": False, "residual": True},
         {"act": "gelu_tanh"},
     ],
+    "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
+    "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
     "attention": [
         {"heads": heads, "head_dim": dim}
         for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+    ],
+    "attention_kv": [
+        {"heads": heads, "head_dim": dim, "queries": queries}
+        for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
     ],
     "patch_embed": [
         {"channels": 3, "patch": 16},
         {"channels": 3, "patch": 14, "prefix": 5},
         {"channels": 1, "patch": 16, "prefix": 0, "bias": False, "pos": False},
         {"channels": 4, "patch": 8, "prefix": 0},
+        {"channels": 3, "patch": 16, "uint8": True},
+    ],
+    "patch_embed_stats": [
+        {"channels": 3, "patch": 16},
+        {"channels": 3, "patch": 14, "prefix": 5, "uint8": True, "channels_last": True},
     ],
     "layer_norm": [{}],
     "layernorm_mlp": [
@@ -171,6 +230,7 @@ _KINDS: _Kinds = {
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (
             (3, 64, 7, 2, 3, {}),
+            (3, 64, 7, 2, 3, {"uint8": True}),
             (64, 64, 3, 1, 1, {"residual": True}),
             (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
             (64, 128, 3, 1, 0, {"groups": 32}),
@@ -178,6 +238,15 @@ _KINDS: _Kinds = {
             (128, 64, 1, 1, 0, {"residual": True, "norm": "scale"}),
             (31, 64, 1, 1, 1, {"norm": "scale"}),
             (1, 31, 7, 1, 3, {"residual": True}),
+        )
+    ],
+    "dual_conv_bn_relu": [
+        {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
+        for c, c2, o, s, rest in (
+            (64, 256, 128, 2, {}),
+            (64, 64, 256, 1, {}),
+            (31, 64, 96, 3, {"act": "none"}),
+            (128, 1, 31, 1, {}),
         )
     ],
     "max_pool": [{}],
@@ -202,18 +271,18 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     drawn = {"batch": pick(1, 2, 3, large=(7, 33))} | rng.choice(_KINDS[op] + extra)
     tokens = pick(1, 5, 17, 50, large=(49, 196, 197, 201, 257, 577, 1025, 1370))
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
-    if op == "linear":
+    if op in ("linear", "linear_stats", "norm_linear"):
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op == "attention":
+    elif op in ("attention", "attention_kv"):
         drawn |= {"tokens": tokens}
-    elif op == "patch_embed":
+    elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
     elif op == "layer_norm":
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif op == "conv_bn_relu":
+    elif op in ("conv_bn_relu", "dual_conv_bn_relu"):
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op == "max_pool":
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}

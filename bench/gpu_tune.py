@@ -21,7 +21,7 @@ from fastvr import backend, tuning
 from fastvr.testing import assert_parity
 
 _CHECKED = 4  # samples at either end of a batch that are held to the truth
-_SAMPLED = ("x", "qkv", "residual")
+_SAMPLED = ("x", "qkv", "q", "kv", "residual")
 
 
 def plan(dtypes: tuple[str, ...], *, small: bool) -> list[tuple[cases.Case, str]]:
@@ -30,7 +30,7 @@ def plan(dtypes: tuple[str, ...], *, small: bool) -> list[tuple[cases.Case, str]
     ordered = [
         (case, dtype, batch)
         for dtype in dtypes
-        for op in cases.OPS
+        for op in cases.ops(dtype)
         for case in cases.cases(op, real=not small)
         for batch in batches
     ]

@@ -13,16 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
+from fastvr.reference.linear_stats import row_stats
 from fastvr.testing import GELU_TAIL
 
-_MODULES = {"max_pool": "pool", "avg_pool_linear": "pool"}
+_MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
+
+
+def module(op: str) -> str:
+    """The file that an op shares with others of its kind."""
+    return _MODULES.get(op, op)
 
 
 def public(op: str) -> Callable[..., Tensor]:
     """``fastvr.ops.<module>.<op>``, what a user calls."""
-    function: Callable[..., Tensor] = getattr(
-        importlib.import_module(f"fastvr.ops.{_MODULES.get(op, op)}"), op
-    )
+    function: Callable[..., Tensor] = getattr(importlib.import_module(f"fastvr.ops.{module(op)}"), op)
     return function
 
 
@@ -40,6 +44,11 @@ class _Maker:
             return torch.empty(shape, dtype=dtype, device=self.device)
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return (values * scale + shift).to(dtype)
+
+    def pixels(self, *shape: int) -> Tensor:
+        if self.generator is None:
+            return torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator, device=self.device)
 
     def image(self, *shape: int) -> Tensor:
         return self.normal(*shape).to(memory_format=torch.channels_last)
@@ -61,20 +70,54 @@ def _linear(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _by_rows(case: Case, make: _Maker) -> dict[str, Any]:
+    """linear's arguments with one dimension for samples and tokens: statistics have one for both."""
+    given = _linear(case, make)
+    for name in ("x", "residual"):
+        given[name] = None if given[name] is None else given[name].flatten(0, -2)
+    return given
+
+
+def _norm_linear(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _by_rows(case, make)
+    x, weight = given["x"], given["weight"]
+    return {
+        "x": x,
+        "stats": row_stats(x),
+        "weight": weight,
+        "colsum": weight.float().sum(1),
+        "bias": None if given["bias"] is None else given["bias"].float(),
+        "act": given["act"],
+        "eps": 1e-6,
+    }
+
+
 def _attention(case: Case, make: _Maker) -> dict[str, Any]:
     heads = case["heads"]
     return {"qkv": make.normal(*_rows(case), 3 * heads * case["head_dim"]), "num_heads": heads}
 
 
+def _attention_kv(case: Case, make: _Maker) -> dict[str, Any]:
+    heads, width = case["heads"], case["heads"] * case["head_dim"]
+    q, kv = make.normal(case["batch"], case["queries"], width), make.normal(*_rows(case), 2 * width)
+    return {"q": q, "kv": kv, "num_heads": heads}
+
+
 def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
     channels, patch, dim, prefix = case["channels"], case["patch"], case["dim"], case.get("prefix", 1)
     tokens = prefix + (case["height"] // patch) * (case["width"] // patch)
+    shape, uint8 = (case["batch"], channels, case["height"], case["width"]), case.get("uint8")
+    layout = torch.channels_last if case.get("channels_last") else torch.contiguous_format
+    x = make.pixels(*shape) if uint8 else make.normal(*shape)
+    weight = make.normal(dim, channels, patch, patch, scale=(channels * patch * patch) ** -0.5)
     return {
-        "x": make.normal(case["batch"], channels, case["height"], case["width"]),
-        "weight": make.normal(dim, channels, patch, patch, scale=(channels * patch * patch) ** -0.5),
+        "x": x.to(memory_format=layout),
+        "weight": weight.to(memory_format=layout),
         "bias": make.normal(dim) if case.get("bias", True) else None,
         "pos_embed": make.normal(tokens, dim) if case.get("pos", True) else None,
         "prefix_tokens": make.normal(prefix, dim) if prefix else None,
+        "mean": make.normal(channels, scale=0.05, shift=0.45, like=torch.float32) if uint8 else None,
+        "std": make.normal(channels, scale=0.01, shift=0.25, like=torch.float32) if uint8 else None,
     }
 
 
@@ -111,8 +154,12 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     weight = make.normal(out, channels // groups, kernel, kernel, scale=(2 / fan_in) ** 0.5)
     running = case.get("norm", "running") == "running"
     variance = make.normal(out, scale=0.5, like=torch.float32).abs() + 0.5
-    return {
-        "x": make.image(case["batch"], channels, case["height"], case["width"]),
+    size = (case["batch"], channels, case["height"], case["width"])
+    images: dict[str, Any] = {"x": make.image(*size)}
+    if case.get("uint8"):
+        images = {"x": make.pixels(*size), "mean": make.normal(channels, like=torch.float32)}
+        images["std"] = make.normal(channels, scale=0.05, shift=0.25, like=torch.float32)
+    return images | {
         "weight": weight.to(memory_format=torch.channels_last),
         "bn_weight": make.normal(out, scale=0.5, shift=1.0, like=torch.float32),
         "bn_bias": make.normal(out, like=torch.float32),
@@ -123,6 +170,32 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
         "groups": groups,
         "act": case.get("act", "relu"),
         "residual": make.image(case["batch"], out, height, width) if case.get("residual") else None,
+    }
+
+
+def _norm(make: _Maker, channels: int) -> Any:
+    from fastvr.ops.conv_bn_relu import BatchNorm
+
+    return BatchNorm(
+        make.normal(channels, scale=0.5, shift=1.0, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, like=torch.float32),
+        make.normal(channels, scale=0.5, like=torch.float32).abs() + 0.5,
+    )
+
+
+def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
+    channels, channels2, out, stride = (case[name] for name in ("channels", "channels2", "out", "stride"))
+    height, width = case["height"], case["width"]
+    return {
+        "x": make.image(case["batch"], channels, height, width),
+        "weight": make.normal(out, channels, 1, 1, scale=channels**-0.5),
+        "bn": _norm(make, out),
+        "x2": make.image(case["batch"], channels2, height * stride, width * stride),
+        "weight2": make.normal(out, channels2, 1, 1, scale=channels2**-0.5),
+        "bn2": _norm(make, out),
+        "stride2": stride,
+        "act": case.get("act", "relu"),
     }
 
 
@@ -142,11 +215,16 @@ def _avg_pool_linear(case: Case, make: _Maker) -> dict[str, Any]:
 
 _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "linear": _linear,
+    "linear_stats": _by_rows,
+    "norm_linear": _norm_linear,
     "attention": _attention,
+    "attention_kv": _attention_kv,
     "patch_embed": _patch_embed,
+    "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
+    "dual_conv_bn_relu": _dual_conv_bn_relu,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }
@@ -172,7 +250,7 @@ def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def absolute_floor(case: Case) -> float:
     """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
-    return GELU_TAIL if case.op == "linear" and case.get("act") == "gelu" else 0.0
+    return GELU_TAIL if case.op in ("linear", "norm_linear") and case.get("act") == "gelu" else 0.0
 
 
 class SchemaCalls(TorchDispatchMode):
@@ -193,7 +271,8 @@ def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
     from fastvr.ops._op import OPS
 
     schema = SchemaCalls()
-    with backend.use_backend("triton"), schema:
+    # on any GPU: without one an op that fuses others is its parts
+    with backend.use_backend("triton"), backend.assume_architecture("sm_90"), schema:
         public(op)(**on_meta(arguments))
     costs = [OPS[name].cost(*args) for name, args in schema.calls]
     if not costs:

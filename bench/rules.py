@@ -2,7 +2,7 @@
 
 From the source: a masked load names what masked lanes hold, a ``tl.dot`` names its precision, nothing uses
 the block pointers that newer Tritons lack. From the binary: no spills, it fits, matrix instructions where
-16-bit operands are multiplied, no TF32 in float32.
+16-bit operands are multiplied, TMA where the configuration says so, no TF32 in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 from typing import Any
+
+TMA = ("sm_90", "sm_100", "sm_120")  # where a tensor descriptor is one; elsewhere it becomes pointers
 
 
 def source_failures(path: Path) -> list[str]:
@@ -66,6 +68,8 @@ def binary_failures(
             failures.append("no matrix instructions")
         elif wanted and not any(name.startswith(wanted) for name in resources.mma):
             failures.append(f"no {wanted} (has {', '.join(resources.mma)})")
+    if arguments.get("TMA") and resources.arch in TMA and not resources.tma:
+        failures.append("no TMA loads")
     if options.get("enable_fp_fusion") is not True:
         failures.append("launched without enable_fp_fusion=True")
     return failures

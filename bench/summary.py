@@ -8,6 +8,7 @@ from typing import Any
 
 _COLUMNS = ("eager", "compile", "fastvr", "fastvr, triton forced", "prepared", "prepared, triton forced")
 _FAILURES = 8
+_SLOWEST = 12
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -80,7 +81,46 @@ def _bench(content: dict[str, Any]) -> list[str]:
             lines.append(
                 f"    {column:26}{latency:>10.3f} ms{found['images_per_s']:>12.1f} images/s{roofline}"
             )
+    if content["gpu"] == "cpu":
+        return lines
+    return lines + _slowest(content["ops"]) + _slower(content)
+
+
+def _ours(row: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What runs by default, or the forced kernel where that is slower than it: name and measurement."""
+    found = [(name, row[name]) for name in ("fastvr", "fastvr, triton forced") if "p50" in row.get(name, {})]
+    return min(found, key=lambda pair: pair[1]["p50"]) if found else None
+
+
+def _slowest(ops: dict[str, Any]) -> list[str]:
+    """The layers by the share of their own roofline that they reach: where to work next."""
+    rows = [(case, *best) for case, row in ops.items() if (best := _ours(row)) and "roofline" in best[1]]
+    rows.sort(key=lambda row: row[2]["roofline"])
+    if not rows:
+        return []
+    lines = ["  layers furthest from their roofline (the larger of arithmetic and traffic at the peaks)"]
+    lines.append(f"    {'':52}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'share':>8}")
+    for case, _, found in rows[:_SLOWEST]:
+        speeds = f"{found['tflops']:>9.1f}{found['gbs']:>8.0f}{found['roofline']:>8.1%}"
+        lines.append(f"    {case:52}{found['p50']:>9.4f}{speeds}")
     return lines
+
+
+def _slower(content: dict[str, Any]) -> list[str]:
+    """Layers and models where what runs by default is slower than eager: there must be none."""
+    slower = []
+    for case, row in content["ops"].items():
+        if "p50" in row.get("eager", {}) and "p50" in row.get("fastvr", {}):
+            slower.append((row["fastvr"]["p50"] / row["eager"]["p50"], case))
+    for model, row in content["models"].items():
+        for column in ("fastvr", "prepared"):
+            if "ms" in row.get("eager", {}) and "ms" in row.get(column, {}):
+                slower.append((row[column]["ms"] / row["eager"]["ms"], f"{model} {column}"))
+    # two runs of the same call differ by that much
+    slower = sorted((pair for pair in slower if pair[0] > 1.02), reverse=True)
+    if not slower:
+        return ["  never slower than eager: holds for every layer and model measured"]
+    return [f"  SLOWER than eager: {case} ({ratio:.2f}x its time)" for ratio, case in slower]
 
 
 def table(out: Path, seconds: float) -> str:

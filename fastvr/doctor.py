@@ -150,7 +150,11 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
         "attention": (t(8, 197, 3 * d), 12, 0.125),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
-        "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None),
+        "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
+        "dual_conv_bn_relu": (
+            *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
+            *(pixels, t(64, 64, 1, 1), *norm, 1e-5, [1, 1], "relu"),
+        ),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }

@@ -1,9 +1,10 @@
-"""Self-attention over packed qkv: softmax(scale * q k') v for every head, in one launch.
+"""Attention over packed keys and values: softmax(scale * q k') v for every head, in one launch.
 
-qkv [B, N, 3 * H * D] holds q, k and v side by side, each head-major (timm's packing); y [B, N, H * D]. A
-program takes BLOCK_M queries of one head and walks the keys once with an online softmax (Milakov and
-Gimelshein, 2018; FlashAttention, Dao et al., 2022): scores, maxima, sums and the accumulator are float32, the
-unnormalised probabilities are rounded to v's dtype before the second product, and the result is rounded once.
+qkv [B, N, 3 * H * D] holds q, k and v side by side, each head-major (timm's packing); or the queries come by
+themselves, q [B, M, H * D], and kv [B, N, 2 * H * D] holds the rest. y [B, M, H * D]. A program takes BLOCK_M
+queries of one head and walks the keys once with an online softmax (Milakov and Gimelshein, 2018;
+FlashAttention, Dao et al., 2022): scores, maxima, sums and the accumulator are float32, the unnormalised
+probabilities are rounded to v's dtype before the second product, and the result is rounded once.
 
 Vision sequences are a few keys longer than a multiple of 64 (a class token, registers): whole blocks run
 without masks, and what is left runs in steps of 16, so that one extra key does not cost a block of 64.
@@ -20,6 +21,7 @@ import triton.language as tl
 from fastvr.kernels.common import ceil_div, dot_precision, launch
 
 TAIL = 16  # the smallest inner dimension of a 16-bit tensor-core product
+FEW_QUERIES = 16  # its least number of rows
 
 
 @triton.jit
@@ -64,14 +66,19 @@ def _attend(
 
 @triton.jit
 def _attention_fwd_kernel(
-    qkv_ptr,  # [B, N, 3, H, D]
-    y_ptr,  # [B, N, H, D], contiguous
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, 2, H, D]: keys, then values
+    y_ptr,  # [B, M, H, D], contiguous
+    M,
     N,
     stride_qb,
-    stride_qn,
+    stride_qm,
+    stride_kb,
+    stride_kn,
     scale_log2,  # scale * log2(e), positive
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KEY_COLUMN: tl.constexpr,  # where keys start in a row behind k_ptr
     PRECISION: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -79,43 +86,43 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # neighbours share keys and values, in L2; all in one grid dimension, since y and z end at 65,535
-    blocks = tl.cdiv(N, BLOCK_M)
+    blocks = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     sample = (pid // (blocks * NUM_HEADS)).to(tl.int64)
     head = pid // blocks % NUM_HEADS
     first = pid % blocks * BLOCK_M
-    stride_row = tl.cast(stride_qn, tl.int64)
+    stride_row = tl.cast(stride_kn, tl.int64)
     EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
     offs_d = tl.arange(0, BLOCK_D)
     columns = offs_d < HEAD_DIM
 
     # 64-bit pointers to the head of a block, 32-bit offsets inside it (the op sees to that): 64-bit ones cost
     # registers enough to spill
-    head_ptr = qkv_ptr + sample * stride_qb + head * HEAD_DIM
+    q_head = q_ptr + sample * stride_qb + first * tl.cast(stride_qm, tl.int64) + head * HEAD_DIM
     # queries past the end repeat the last one and are never stored
-    rows = tl.minimum(tl.arange(0, BLOCK_M), N - 1 - first)
-    q_ptrs = head_ptr + first * stride_row + (rows[:, None] * stride_qn + offs_d[None, :])
+    rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
+    q_ptrs = q_head + (rows[:, None] * stride_qm + offs_d[None, :])
     q = tl.load(q_ptrs, mask=columns[None, :], other=0.0)
 
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    k_ptr = head_ptr + NUM_HEADS * HEAD_DIM
+    k_head = k_ptr + sample * stride_kb + KEY_COLUMN + head * HEAD_DIM
     offs_n = tl.arange(0, BLOCK_N)
-    block = offs_n[:, None] * stride_qn + offs_d[None, :]
+    block = offs_n[:, None] * stride_kn + offs_d[None, :]
     whole = N // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         # no pointer is carried from step to step: Triton 3.6 fails on that for AMD
-        k_ptrs = k_ptr + start * stride_row + block
+        k_ptrs = k_head + start * stride_row + block
         running_max, total, acc = _attend(
             q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, offs_n < N, columns, running_max, total, acc,
             scale_log2, False, EVEN_D, PRECISION,
         )  # fmt: skip
 
     offs_t = tl.arange(0, TAIL)
-    tail = offs_t[:, None] * stride_qn + offs_d[None, :]
+    tail = offs_t[:, None] * stride_kn + offs_d[None, :]
     for start in tl.range(whole, N, TAIL, num_stages=1):
-        k_ptrs = k_ptr + start * stride_row + tail
+        k_ptrs = k_head + start * stride_row + tail
         running_max, total, acc = _attend(
             q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, start + offs_t < N, columns, running_max, total, acc,
             scale_log2, True, EVEN_D, PRECISION,
@@ -123,9 +130,9 @@ def _attention_fwd_kernel(
 
     acc *= (1.0 / total)[:, None]
     offs_m = tl.arange(0, BLOCK_M)
-    y_head = y_ptr + (sample * N + first) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
+    y_head = y_ptr + (sample * M + first) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
     y_ptrs = y_head + (offs_m[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :])
-    mask = (offs_m < N - first)[:, None] & columns[None, :]
+    mask = (offs_m < M - first)[:, None] & columns[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -133,9 +140,16 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[dict[str, int]]:
-    """Configurations that fit ``arch`` for this head_dim; the first is the default."""
+def candidate_configs(
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False
+) -> list[dict[str, int]]:
+    """Configurations that fit ``arch`` for this head_dim; the first is the default. ``few``: at most
+    ``FEW_QUERIES`` queries, where reading keys and values is all that takes time."""
     wide = head_dim > 64
+    if few:
+        if dtype == torch.float32:
+            return [_tile(FEW_QUERIES, 16, 4, 1), _tile(FEW_QUERIES, 16, 2, 1)]
+        return [_tile(FEW_QUERIES, 64, 4, 2), _tile(FEW_QUERIES, 128, 4, 2), _tile(FEW_QUERIES, 32, 2, 3)]
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
     if arch.startswith("gfx"):
@@ -157,32 +171,38 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
     return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:
+def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False) -> dict[str, int]:
     """The configuration without a measurement: 64 queries waste little of 197 or 257."""
-    return candidate_configs(dtype, arch, head_dim=head_dim)[0]
+    return candidate_configs(dtype, arch, head_dim=head_dim, few=few)[0]
 
 
 def launch_attention_fwd(
     *,
-    qkv: torch.Tensor,  # [B, N, 3 * H * D], last dimension contiguous
-    y: torch.Tensor,  # [B, N, H * D], contiguous
+    q: torch.Tensor,  # [B, M, H * D], or packed qkv [B, N, 3 * H * D] again; last dimension contiguous
+    kv: torch.Tensor,  # [B, N, 2 * H * D], or packed qkv [B, N, 3 * H * D]; last dimension contiguous
+    y: torch.Tensor,  # [B, M, H * D], contiguous
     num_heads: int,
     scale: float,
     config: dict[str, int],
 ) -> None:
-    B, N, width = y.shape
+    B, M, width = y.shape
     head_dim = width // num_heads
-    grid = (B * num_heads * ceil_div(N, config["BLOCK_M"]),)
+    grid = (B * num_heads * ceil_div(M, config["BLOCK_M"]),)
     arguments: dict[str, Any] = {
-        "qkv_ptr": qkv,
+        "q_ptr": q,
+        "k_ptr": kv,
         "y_ptr": y,
-        "N": N,
-        "stride_qb": qkv.stride(0),
-        "stride_qn": qkv.stride(1),
+        "M": M,
+        "N": kv.shape[1],
+        "stride_qb": q.stride(0),
+        "stride_qm": q.stride(1),
+        "stride_kb": kv.stride(0),
+        "stride_kn": kv.stride(1),
         "scale_log2": scale * 1.4426950408889634,
         "NUM_HEADS": num_heads,
         "HEAD_DIM": head_dim,
-        "PRECISION": dot_precision(qkv.dtype),
+        "KEY_COLUMN": kv.shape[2] - 2 * width,
+        "PRECISION": dot_precision(q.dtype),
         "TAIL": TAIL,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvr.backend import interpreting
+from fastvr.backend import architecture, interpreting
 
 # A recorder takes (kernel, grid, arguments, options) in place of the launch.
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any], dict[str, int]], None]
 _recorders: list[Recorder] = []
+_overlapping: contextvars.ContextVar[bool] = contextvars.ContextVar("overlapping", default=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
@@ -26,10 +30,13 @@ def launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **argumen
     arguments |= {name: value for name, value in config.items() if name.isupper()}
     # Triton 3.10 changes the default, and the parity figures are those of contracted multiply-adds
     options["enable_fp_fusion"] = True
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    if _overlapping.get() and "PDL" in kernel.arg_names and _can_overlap(architecture(device)):
+        arguments["PDL"] = 1
+        options["launch_pdl"] = True
     if _recorders:
         _recorders[-1](kernel, grid, arguments, options)
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](**arguments, **options)
@@ -47,9 +54,62 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
         _recorders.pop()
 
 
+@functools.cache
+def _can_overlap(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+@contextlib.contextmanager
+def overlapping_launches() -> Iterator[None]:
+    """Launches inside the block begin while the one before them still runs, where kernel and GPU can: those
+    with a ``PDL`` argument, from sm_90 on (CUDA's programmatic dependent launch). Of use where launches are
+    short and many, as in a CUDA graph of a small batch."""
+    token = _overlapping.set(True)
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
+
+
+@triton.jit
+def wait_for_launch_before(PDL: tl.constexpr):
+    """To be called before anything is read or written: what the launch before wrote is there from here on."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_launch_begin(PDL: tl.constexpr):
+    """The next launch may take its place; it waits itself until this one has ended."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def ceil_div(x: int, y: int) -> int:
     # triton.cdiv is made for kernels: on the host it takes microseconds, at every launch
     return -(-x // y)
+
+
+def tma_descriptor(matrix: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor | None:
+    """A descriptor of ``block``-sized blocks of a 16-bit matrix, or None where TMA cannot read it: rows must
+    be contiguous, and start at multiples of 16 bytes."""
+    step = matrix.stride(0)
+    aligned = step % 8 == 0 and matrix.data_ptr() % 16 == 0
+    if not aligned or matrix.stride(1) != 1 or step < matrix.shape[1] or matrix.dtype.itemsize != 2:
+        return None
+    return TensorDescriptor.from_tensor(matrix, list(block))
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a persistent grid has. Without a GPU a few, so that each takes several tiles."""
+    if device.type != "cuda":
+        return 2
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:

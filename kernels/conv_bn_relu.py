@@ -15,13 +15,35 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import activate, dot_precision, launch, swizzle
+from fastvr.kernels.common import activate, ceil_div, dot_precision, launch, normalize, swizzle
 
 
 @triton.jit
 def _window_offsets(channels, kh, kw, stride_c, stride_h, stride_w):
     tap = tl.cast(kh, tl.int64) * stride_h + tl.cast(kw, tl.int64) * stride_w
     return channels.to(tl.int64) * stride_c + tap
+
+
+@triton.jit
+def _pixels(ptr, rows, OH, OW, stride_n, stride_h, stride_w, ROWS: tl.constexpr):
+    """Pointers to the pixels ``rows``, counted through the whole batch of OH x OW."""
+    if ROWS:  # pixel m lies at m * stride_w
+        pointers = ptr + rows.to(tl.int64) * stride_w
+    else:
+        pointers = (
+            ptr
+            + (rows // (OH * OW)).to(tl.int64) * stride_n
+            + (rows % (OH * OW) // OW).to(tl.int64) * stride_h
+            + (rows % OW).to(tl.int64) * stride_w
+        )
+    return pointers
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns. An epilogue takes one after the other: a whole tile's
+    scale, shift and residual beside its accumulator do not fit in registers."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -43,13 +65,15 @@ def _batch_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, BLOCK:
 # sizes of the image matter to nothing but divisions: one binary for every batch and resolution
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def _conv_bn_relu_fwd_kernel(
-    x_ptr,  # [N, C * groups, H, W], any strides
+    x_ptr,  # [N, C * groups, H, W], any strides; uint8 with mean and std
     weight_ptr,  # [O, C, KH, KW], any strides
     bn_weight_ptr,  # [O] or None
     bn_bias_ptr,  # [O] or None
     running_mean_ptr,  # [O] or None: bn_weight and bn_bias are scale and shift themselves
     running_var_ptr,  # [O] or None
     residual_ptr,  # [N, O, OH, OW], any strides, or None
+    mean_ptr,  # [C * groups] of uint8 x, or None
+    std_ptr,
     y_ptr,  # [N, O, OH, OW], channels_last
     M,  # N * OH * OW
     GROUP_O,  # output channels of a group
@@ -152,28 +176,30 @@ def _conv_bn_relu_fwd_kernel(
             mask = (ih.to(tl.uint32) < H.to(tl.uint32)) & (iw.to(tl.uint32) < W.to(tl.uint32))
             if not EVEN_K:
                 mask = mask & inside[None, :]
-            x = tl.load(x_ptrs, mask=mask, other=0.0)
+            x = tl.load(x_ptrs, mask=mask, other=0)
         elif EVEN_K:
             x = tl.load(x_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=inside[None, :], other=0)
+        if mean_ptr is not None:
+            image_channels = group * C + channels
+            mean = tl.load(mean_ptr + image_channels, mask=inside, other=0.0)
+            std = tl.load(std_ptr + image_channels, mask=inside, other=1.0)
+            x = normalize(x, mean[None, :], std[None, :])
+            if PADDED:
+                x = tl.where(mask, x, 0.0)
+            x = x.to(weight_ptr.dtype.element_ty)
         w_ptrs = w_columns[None, :] + w_offs[:, None]
         w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    if RESIDUAL_ROWS:
-        residual_rows = residual_ptr + rows.to(tl.int64) * stride_rw
-    elif residual_ptr is not None:
-        residual_rows = (
-            residual_ptr
-            + (rows // (OH * OW)).to(tl.int64) * stride_rn
-            + (rows % (OH * OW) // OW).to(tl.int64) * stride_rh
-            + (rows % OW).to(tl.int64) * stride_rw
+    if residual_ptr is not None:
+        residual_rows = _pixels(
+            residual_ptr, rows, OH, OW, stride_rn, stride_rh, stride_rw, ROWS=RESIDUAL_ROWS
         )
     y_rows = y_ptr + rows.to(tl.int64) * stride_ym
-    # in halves: a whole tile's scale, shift and residual beside its accumulator do not fit in registers
     HALF: tl.constexpr = BLOCK_N // 2
-    acc_left, acc_right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    acc_left, acc_right = _halves(acc, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
         # not the clamped columns, whose contiguity, and so wide loads and stores, the compiler cannot see
         offs_n = pid_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
@@ -250,7 +276,7 @@ def default_config(
     return tiles[-2]
 
 
-def _pixel_rows(t: torch.Tensor) -> bool:
+def pixel_rows(t: torch.Tensor) -> bool:
     """Whether pixel m of [N, C, H, W], counted through the whole batch, lies at m * stride(3)."""
     _, _, h, w = t.shape
     sn, _, sh, sw = t.stride()
@@ -267,6 +293,8 @@ def launch_conv_bn_relu_fwd(
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     residual: torch.Tensor | None,  # [N, O, OH, OW], any strides
+    mean: torch.Tensor | None,  # [C] of uint8 x
+    std: torch.Tensor | None,
     y: torch.Tensor,  # [N, O, OH, OW], channels_last
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -282,7 +310,7 @@ def launch_conv_bn_relu_fwd(
     group_o = O // groups
     point = KH == KW == 1
     padded = padding[0] > 0 or padding[1] > 0
-    grid = (groups * triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(group_o, config["BLOCK_N"]),)
+    grid = (groups * ceil_div(M, config["BLOCK_M"]) * ceil_div(group_o, config["BLOCK_N"]),)
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
     arguments: dict[str, Any] = {
         "x_ptr": x,
@@ -292,6 +320,8 @@ def launch_conv_bn_relu_fwd(
         "running_mean_ptr": running_mean,
         "running_var_ptr": running_var,
         "residual_ptr": residual,
+        "mean_ptr": mean,
+        "std_ptr": std,
         "y_ptr": y,
         "M": M,
         "GROUP_O": group_o,
@@ -310,13 +340,13 @@ def launch_conv_bn_relu_fwd(
         "pad_w": padding[1],
         "eps": eps,
         "ACT": act,
-        "PRECISION": dot_precision(x.dtype, convolution=True),
+        "PRECISION": dot_precision(weight.dtype, convolution=True),
         "KH": KH,
         "KW": KW,
         "CHANNELS": 0 if point else C,
         "PADDED": padded,
-        "X_ROWS": point and stride == (1, 1) and not padded and _pixel_rows(x),
-        "RESIDUAL_ROWS": residual is not None and _pixel_rows(residual),
+        "X_ROWS": point and stride == (1, 1) and not padded and pixel_rows(x),
+        "RESIDUAL_ROWS": residual is not None and pixel_rows(residual),
         "FLAT_K": not point and C % config["BLOCK_K"] != 0,
         "EVEN_K": KH * KW * C % config["BLOCK_K"] == 0,
     }

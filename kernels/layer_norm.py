@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastvr.kernels.common import ceil_div, launch
-from fastvr.kernels.linear import row_moments
+from fastvr.kernels.moments import row_moments
 
 # the longest row that is held in registers: 32 floats a thread at 8 warps
 MAX_ROW = 8192

@@ -3,9 +3,19 @@
 x [M, K], weight [N, K], y [M, N]; every part but the product is optional. Products are summed in float32;
 bias, activation, LayerScale and residual are applied to the float32 accumulator: one rounding, on store.
 
-With ``ln_weight`` the rows of x pass through LayerNorm on their way into the product: their statistics are
-taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub, LeVeque, 1979), and
-the normalised row is rounded to the weight's dtype, as a separate LayerNorm would have stored it.
+LayerNorm comes in two ways. With ``ln_weight`` the rows of x pass through it on their way into the product:
+their statistics are taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub,
+LeVeque, 1979), and the normalised row is rounded to the weight's dtype, as a separate LayerNorm would have
+stored it. With ``colsum`` it is folded into the weight, and the product of the raw rows is put right behind:
+``rstd * (x @ W'.T - mean * colsum)``, by the statistics that the launch before left in ``row_stats``. Such a
+launch is one with ``stats``: (mean, M2) of each chunk of its own rows, of the values as they are stored.
+
+One source, and what a configuration chooses of it:
+
+- TMA: x and weight by tensor descriptors, which copy whole blocks to shared memory without registers.
+- PERSISTENT: as many programs as the GPU has multiprocessors, each of which takes tile after tile.
+- SPLIT_K: so many programs share a tile's K. Each leaves its float32 part in a workspace, and a second
+  launch sums them in their order: the same bits every time.
 """
 
 from __future__ import annotations
@@ -16,50 +26,117 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import activate, ceil_div, dot_precision, launch, swizzle
+from fastvr.kernels.common import (
+    activate,
+    ceil_div,
+    dot_precision,
+    launch,
+    let_next_launch_begin,
+    multiprocessors,
+    swizzle,
+    tma_descriptor,
+    wait_for_launch_before,
+)
+from fastvr.kernels.linear_configs import candidate_configs, default_config
+from fastvr.kernels.moments import merge_row_stats, row_moments, store_row_stats
+from fastvr.reference.linear_stats import STATS_CHUNK
+
+__all__ = ["candidate_configs", "default_config", "launch_linear_fwd"]
 
 
 @triton.jit
-def merge_moments(count, mean, m2, block_count, block_mean, block_m2):
-    """(count, mean, M2) of two disjoint sets together: Chan's formula."""
-    total = count + block_count
-    delta = block_mean - mean
-    share = block_count / total
-    return total, mean + delta * share, m2 + block_m2 + delta * delta * (count * share)
+def row_scale(
+    row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Mean and 1 / deviation of BLOCK_M rows of K elements, from the statistics of their chunks."""
+    mean, m2 = merge_row_stats(row_stats_ptr, offs_m, offs_m < M, K, STATS_CHUNK, CHUNKS, BLOCK_M)
+    return mean, tl.rsqrt(m2 / K + eps)
 
 
 @triton.jit
-def row_moments(x_ptrs, row_mask, K, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and sum of squared deviations of BLOCK_M rows of K elements, in float32."""
-    count = 0.0
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    m2 = tl.zeros((BLOCK_M,), tl.float32)
-    offs_k = tl.arange(0, BLOCK_K)
-    for start in range(0, K, BLOCK_K):
-        inside = offs_k < K - start
-        x = tl.load(
-            x_ptrs + (start + offs_k)[None, :] * stride_xk,
-            mask=row_mask[:, None] & inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        block_count = tl.minimum(K - start, BLOCK_K).to(tl.float32)
-        block_mean = tl.sum(x, 1) / block_count
-        deviation = tl.where(inside[None, :], x - block_mean[:, None], 0.0)
-        block_m2 = tl.sum(deviation * deviation, 1)
-        count, mean, m2 = merge_moments(count, mean, m2, block_count, block_mean, block_m2)
-    return mean, m2
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    mean,  # [BLOCK_M] float32, with colsum
+    rstd,  # [BLOCK_M] float32, with colsum
+    offs_m,
+    first_n,
+    M,
+    N,
+    bias_ptr,  # [N] or None
+    gamma_ptr,  # [N] or None
+    residual_ptr,  # [M, N] or None
+    colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
+    y_ptr,  # [M, N]
+    stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
+    stride_rm,
+    stride_ym,
+    ACT: tl.constexpr,
+    STATS_CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Everything behind the product, for the columns from ``first_n``, and the one rounding."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    if colsum_ptr is not None:
+        colsum = tl.load(colsum_ptr + offs_n, mask=mask_n, other=0.0)
+        acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACT, y_ptr.dtype.element_ty)
+    if gamma_ptr is not None:
+        acc *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], y, mask=mask)
+    if stats_ptr is not None:
+        # of the value as stored: the next launch multiplies that one
+        store_row_stats(stats_ptr, y.to(tl.float32), offs_m, offs_n, M, N, STATS_CHUNK, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def finish_parts(
+    acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr, stats_ptr,
+    stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
+    programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
+    if BLOCK_N >= 128:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        finish_parts(
+            left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
+        finish_parts(
+            right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+            y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+        )  # fmt: skip
+    else:
+        finish_tile(
+            acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
-    x_ptr,  # [M, K]
-    weight_ptr,  # [N, K]
+    x,  # [M, K], a pointer; with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
+    weight,  # [N, K], a pointer; with TMA a descriptor of blocks [BLOCK_N, BLOCK_K]
     bias_ptr,  # [N] or None
-    ln_weight_ptr,  # [K] or None: no LayerNorm
+    ln_weight_ptr,  # [K] or None: no LayerNorm on the way in
     ln_bias_ptr,  # [K] or None
     gamma_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
-    y_ptr,  # [M, N]
+    row_stats_ptr,  # [M, ceil(K / STATS_CHUNK), 2] float32, with colsum
+    colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
+    y_ptr,  # [M, N]; with SPLIT_K [SPLIT_K, M, N] float32
+    stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
     M,
     N,
     K,
@@ -73,105 +150,131 @@ def _linear_fwd_kernel(
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    STATS_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr = 1,
+    TMA: tl.constexpr = 0,
+    PERSISTENT: tl.constexpr = 0,
+    PDL: tl.constexpr = 0,
 ):
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait_for_launch_before(PDL)
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
-    # rows and columns past the end repeat the last ones: no masks along them, and they are never stored
-    rows = tl.minimum(offs_m, M - 1)
-    columns = tl.minimum(offs_n, N - 1)
-    x_rows = x_ptr + rows[:, None] * stride_xm
-    if ln_weight_ptr is not None:
-        mean, m2 = row_moments(x_rows, mask_m, K, stride_xk, BLOCK_M, BLOCK_K)
-        rstd = tl.rsqrt(m2 / K + eps)
-
-    x_ptrs = x_rows + offs_k[None, :] * stride_xk
-    w_ptrs = weight_ptr + columns[None, :] * stride_wn + offs_k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inside = offs_k < K - start
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+    first, stop = 0, K
+    if SPLIT_K > 1:
+        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(1) * part
+        stop = tl.minimum(first + part, K)
+    rounds = 1  # a constant, which the compiler sees through
+    if PERSISTENT:
+        rounds = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0))
+    for turn in range(rounds):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        pid_m, pid_n = swizzle(tile, num_m, num_n, GROUP_M)
+        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if not TMA:
+            # rows and columns past the end repeat the last ones: no masks along them, and they are never
+            # stored
+            x_rows = x + tl.minimum(offs_m, M - 1)[:, None] * stride_xm
+            w_columns = weight + tl.minimum(offs_n, N - 1).to(tl.int64)[None, :] * stride_wn
+            x_ptrs = x_rows + (first + offs_k)[None, :] * stride_xk
+            w_ptrs = w_columns + (first + offs_k)[:, None] * stride_wk
+        mean = tl.zeros((BLOCK_M,), tl.float32)
+        rstd = mean
         if ln_weight_ptr is not None:
-            scale = tl.load(ln_weight_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
-            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
-            if ln_bias_ptr is not None:
-                shift = tl.load(ln_bias_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
-                normed += shift[None, :]
-            x = normed.to(w.dtype)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+            mean, m2 = row_moments(x_rows, offs_m < M, K, stride_xk, BLOCK_M, BLOCK_K)
+            rstd = tl.rsqrt(m2 / K + eps)
 
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACT, y_ptr.dtype.element_ty)
-    if gamma_ptr is not None:
-        acc *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(first, stop, BLOCK_K):
+            inside = offs_k < K - start
+            if TMA:
+                x_block = x.load([pid_m * BLOCK_M, start])
+                w_block = weight.load([pid_n * BLOCK_N, start]).T
+            elif EVEN_K:
+                x_block = tl.load(x_ptrs)
+                w_block = tl.load(w_ptrs)
+            else:
+                x_block = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+                w_block = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+            if ln_weight_ptr is not None:
+                scale = tl.load(ln_weight_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
+                normed = (x_block.to(tl.float32) - mean[:, None]) * rstd[:, None] * scale[None, :]
+                if ln_bias_ptr is not None:
+                    shift = tl.load(ln_bias_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
+                    normed += shift[None, :]
+                x_block = normed.to(w_block.dtype)
+            acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION)
+            if not TMA:
+                x_ptrs += BLOCK_K * stride_xk
+                w_ptrs += BLOCK_K * stride_wk
 
-
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
-    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
-
-
-def candidate_configs(
-    dtype: torch.dtype, arch: str, *, norm: bool = False, residual: bool = False
-) -> list[dict[str, int]]:
-    """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
-    sample)."""
-    if arch == "interpreter":
-        return [_tile(128, 128, 64, 4, 1), _tile(16, 256, 128, 4, 1)]
-    if dtype == torch.float32:
-        # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
-        return [
-            _tile(64, 64, 32, 4, 2),
-            _tile(64, 64, 16, 8, 2),
-            _tile(32, 64, 16, 4, 2),
-            _tile(16, 64, 16, 4, 2),
-        ]
-    if arch.startswith("gfx"):
-        stages, thin_k = 2, 64
-    else:
-        stages, thin_k = 3, 128
-    tiles = [
-        _tile(128, 128, 64, 8, stages),
-        _tile(128, 64, 64, 4, stages),
-        _tile(64, 64, 64, 4, stages),
-        _tile(16, 64, thin_k, 4, stages),
-    ]
-    if arch in ("sm_90", "sm_100") and not norm and not residual:  # either makes this tile spill
-        tiles.insert(0, _tile(128, 256, 64, 8, stages))
-    return tiles
+        let_next_launch_begin(PDL)
+        if SPLIT_K > 1:
+            # y is the workspace here, [SPLIT_K, M, N]
+            rows = y_ptr + (tl.program_id(1).to(tl.int64) * M + offs_m)[:, None] * N
+            tl.store(rows + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+        else:
+            if colsum_ptr is not None:
+                mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M)
+            finish_parts(
+                acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
+                y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
-def default_config(
-    m: int, n: int, dtype: torch.dtype, arch: str, *, norm: bool = False, residual: bool = False
-) -> dict[str, int]:
-    """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows."""
-    tiles = candidate_configs(dtype, arch, norm=norm, residual=residual)
-    if m <= 32:
-        return tiles[-1]
-    for tile in tiles[:-1]:
-        if ceil_div(m, tile["BLOCK_M"]) * ceil_div(n, tile["BLOCK_N"]) >= 256:
-            return tile
-    return tiles[-2] if len(tiles) > 2 else tiles[0]
+@triton.jit(do_not_specialize=["M"])
+def _linear_sum_kernel(
+    workspace_ptr,  # [SPLIT_K, M, N] float32; what follows as above
+    bias_ptr,
+    gamma_ptr,
+    residual_ptr,
+    row_stats_ptr,
+    colsum_ptr,
+    y_ptr,
+    stats_ptr,
+    M,
+    N,
+    K,
+    stride_rm,
+    stride_ym,
+    eps,
+    ACT: tl.constexpr,
+    STATS_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr = 0,
+):
+    """What `_linear_fwd_kernel` does behind its product, for one that was split: ROWS rows of one chunk."""
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    num_n = tl.cdiv(N, STATS_CHUNK)
+    offs_m = (tl.program_id(0) // num_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_n = (tl.program_id(0) % num_n) * STATS_CHUNK
+    offs_n = first_n + tl.arange(0, STATS_CHUNK)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    acc = tl.zeros((ROWS, STATS_CHUNK), tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        rows = workspace_ptr + (offs_m + part * tl.cast(M, tl.int64))[:, None] * N
+        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    mean = tl.zeros((ROWS,), tl.float32)
+    rstd = mean
+    if colsum_ptr is not None:
+        mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
+    finish_tile(
+        acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
+        stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
+    )  # fmt: skip
+
+
+# A second launch has little to do: small tiles make many programs
+_SUM_ROWS = 8
 
 
 def launch_linear_fwd(
@@ -181,37 +284,70 @@ def launch_linear_fwd(
     bias: torch.Tensor | None,
     ln_weight: torch.Tensor | None = None,
     ln_bias: torch.Tensor | None = None,
-    gamma: torch.Tensor | None,
-    residual: torch.Tensor | None,  # [M, N], last dimension contiguous
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,  # [M, N], last dimension contiguous
+    row_stats: torch.Tensor | None = None,  # [M, ceil(K / STATS_CHUNK), 2] float32, contiguous, with colsum
+    colsum: torch.Tensor | None = None,  # [N] float32
     y: torch.Tensor,  # [M, N], last dimension contiguous
+    stats: torch.Tensor | None = None,  # [M, ceil(N / STATS_CHUNK), 2] float32, contiguous
+    workspace: torch.Tensor | None = None,  # [SPLIT_K, M, N] float32, contiguous, where config has SPLIT_K
     act: str,
     eps: float = 0.0,
     config: dict[str, int],
 ) -> None:
     M, K = x.shape
     N = weight.shape[0]
-    grid = (ceil_div(M, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"]),)
-    arguments: dict[str, Any] = {
-        "x_ptr": x,
-        "weight_ptr": weight,
+    operands: tuple[Any, Any] = (x, weight)
+    if config.get("TMA"):
+        blocks = [(config[rows], config["BLOCK_K"]) for rows in ("BLOCK_M", "BLOCK_N")]
+        described = [tma_descriptor(*pair) for pair in zip(operands, blocks, strict=True)]
+        if None in described:
+            config = config | {"TMA": 0, "PERSISTENT": 0}
+        else:
+            operands = (described[0], described[1])
+    tiles = ceil_div(M, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
+    split = config.get("SPLIT_K", 1)
+    grid = (min(tiles, multiprocessors(x.device)) if config.get("PERSISTENT") else tiles, split)
+    epilogue: dict[str, Any] = {
         "bias_ptr": bias,
-        "ln_weight_ptr": ln_weight,
-        "ln_bias_ptr": ln_bias,
         "gamma_ptr": gamma,
         "residual_ptr": residual,
+        "row_stats_ptr": row_stats,
+        "colsum_ptr": colsum,
         "y_ptr": y,
+        "stats_ptr": stats,
+        "stride_rm": 0 if residual is None else residual.stride(0),
+        "stride_ym": y.stride(0),
+        "ACT": act,
+    }
+    # of the rows that are normalised, as a power of two
+    chunks = 0 if colsum is None else 1 << (ceil_div(K, STATS_CHUNK) - 1).bit_length()
+    shared: dict[str, Any] = {
         "M": M,
         "N": N,
         "K": K,
+        "eps": eps,
+        "STATS_CHUNK": STATS_CHUNK,
+        "CHUNKS": chunks,
+    }
+    arguments: dict[str, Any] = {
+        "x": operands[0],
+        "weight": operands[1],
+        "ln_weight_ptr": ln_weight,
+        "ln_bias_ptr": ln_bias,
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
         "stride_wn": weight.stride(0),
         "stride_wk": weight.stride(1),
-        "stride_rm": 0 if residual is None else residual.stride(0),
-        "stride_ym": y.stride(0),
-        "eps": eps,
-        "ACT": act,
         "PRECISION": dot_precision(weight.dtype),
         "EVEN_K": K % config["BLOCK_K"] == 0,
     }
-    launch(_linear_fwd_kernel, grid, config, **arguments)
+    if split == 1:
+        launch(_linear_fwd_kernel, grid, config, **arguments, **epilogue, **shared)
+        return
+    assert workspace is not None
+    nothing = dict.fromkeys(epilogue) | {"y_ptr": workspace, "stride_rm": 0, "stride_ym": N, "ACT": "none"}
+    launch(_linear_fwd_kernel, grid, config, **arguments, **nothing, **shared)
+    programs = ceil_div(M, _SUM_ROWS) * ceil_div(N, STATS_CHUNK)
+    finishing = {"SPLIT_K": split, "ROWS": _SUM_ROWS, "num_warps": 4}
+    launch(_linear_sum_kernel, (programs,), finishing, workspace_ptr=workspace, **epilogue, **shared)

@@ -2,8 +2,10 @@
 
 x [B, C, H, W], weight [D, C, p_h, p_w], y [B, T, D] with T = P + (H // p_h) * (W // p_w): P prefix tokens,
 then the patches row by row. A GEMM over the rows of y: a patch is read out of the image through its strides,
-so no unfolded copy is written; a prefix row multiplies zeros and takes its token instead. Products are
-accumulated in float32, bias, token and position are added to the accumulator: one rounding, on store.
+so no unfolded copy is written; a prefix row multiplies zeros and takes its token instead. A uint8 image is
+normalised on the way, and rounded to the weight's dtype before the product. Products are accumulated in
+float32, bias, token and position are added to the accumulator: one rounding, on store. ``stats`` takes the
+mean and M2 of each 64 columns of a row as stored, for the LayerNorm behind it.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, dot_precision, launch, swizzle
+from fastvr.kernels.common import ceil_div, dot_precision, launch, normalize, swizzle
+from fastvr.kernels.moments import store_row_stats
+from fastvr.reference.linear_stats import STATS_CHUNK
 
 
 @triton.jit(do_not_specialize=["M"])
 def _patch_embed_fwd_kernel(
-    x_ptr,  # [B, C, H, W]
+    x_ptr,  # [B, C, H, W], uint8 with mean and std
     weight_ptr,  # [D, C, PATCH_H, PATCH_W]
     bias_ptr,  # [D] or None
     pos_ptr,  # [T, D] or None
     prefix_ptr,  # [PREFIX, D] or None
+    mean_ptr,  # [C] or None
+    std_ptr,  # [C] or None
     y_ptr,  # [B, T, D], contiguous
+    stats_ptr,  # [B * T, ceil(D / STATS_CHUNK), 2] float32 or None
     M,  # B * T
     T,
     GRID_W,
@@ -43,7 +50,9 @@ def _patch_embed_fwd_kernel(
     CHANNELS: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,  # of image and weight: a row of a patch is contiguous in both
     PACKED_WEIGHT: tl.constexpr,
+    STATS_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,20 +84,30 @@ def _patch_embed_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + offs_k
-        channel = k // (PATCH_H * PATCH_W)
-        i = k // PATCH_W % PATCH_H
-        j = k % PATCH_W
-        x_ptrs = x_rows + (channel * stride_xc + i * stride_xh + j * stride_xw)[None, :]
+        if CHANNELS_LAST:
+            channel = k % CHANNELS
+            x_offs = k // (PATCH_W * CHANNELS) * stride_xh + k % (PATCH_W * CHANNELS)
+        else:
+            channel = k // (PATCH_H * PATCH_W)
+            i = k // PATCH_W % PATCH_H
+            j = k % PATCH_W
+            x_offs = channel * stride_xc + i * stride_xh + j * stride_xw
         if PACKED_WEIGHT:
             w_ptrs = w_columns + k[:, None]
         else:
             w_ptrs = w_columns + (channel * stride_wc + i * stride_wh + j * stride_ww)[:, None]
+        x_ptrs = x_rows + x_offs[None, :]
         if K % BLOCK_K == 0:
             w = tl.load(w_ptrs)
-            x = tl.load(x_ptrs, mask=is_patch[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=is_patch[:, None], other=0)
         else:
             w = tl.load(w_ptrs, mask=(k < K)[:, None], other=0.0)
-            x = tl.load(x_ptrs, mask=is_patch[:, None] & (k < K)[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=is_patch[:, None] & (k < K)[None, :], other=0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + channel, mask=k < K, other=0.0)
+            std = tl.load(std_ptr + channel, mask=k < K, other=1.0)
+            # a prefix row stays zero
+            x = tl.where(is_patch[:, None], normalize(x, mean[None, :], std[None, :]), 0.0).to(w.dtype)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:
@@ -103,7 +122,12 @@ def _patch_embed_fwd_kernel(
             tl.float32
         )
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * D + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=mask)
+    if stats_ptr is not None:
+        store_row_stats(
+            stats_ptr, y.to(tl.float32), offs_m.to(tl.int64), offs_n, M, D, STATS_CHUNK, BLOCK_M, BLOCK_N
+        )
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -140,16 +164,22 @@ def default_config(m: int, d: int, dtype: torch.dtype, arch: str) -> dict[str, i
 
 def launch_patch_embed_fwd(
     *,
-    x: torch.Tensor,  # [B, C, H, W], any strides
+    x: torch.Tensor,  # [B, C, H, W], any strides; uint8 with mean and std
     weight: torch.Tensor,  # [D, C, p_h, p_w], any strides
     bias: torch.Tensor | None,
     pos_embed: torch.Tensor | None,  # [T, D], last dimension contiguous
     prefix_tokens: torch.Tensor | None,  # [P, D], last dimension contiguous
+    mean: torch.Tensor | None,  # [C]
+    std: torch.Tensor | None,  # [C]
     y: torch.Tensor,  # [B, T, D], contiguous
+    stats: torch.Tensor | None = None,  # [B * T, ceil(D / STATS_CHUNK), 2] float32, contiguous
     config: dict[str, int],
 ) -> None:
     B, T, D = y.shape
     _, channels, patch_h, patch_w = weight.shape
+    channels_last = (
+        x.stride(1) == 1 and x.stride(3) == channels and weight.permute(0, 2, 3, 1).is_contiguous()
+    )
     grid = (ceil_div(B * T, config["BLOCK_M"]) * ceil_div(D, config["BLOCK_N"]),)
     arguments: dict[str, Any] = {
         "x_ptr": x,
@@ -157,7 +187,10 @@ def launch_patch_embed_fwd(
         "bias_ptr": bias,
         "pos_ptr": pos_embed,
         "prefix_ptr": prefix_tokens,
+        "mean_ptr": mean,
+        "std_ptr": std,
         "y_ptr": y,
+        "stats_ptr": stats,
         "M": B * T,
         "T": T,
         "GRID_W": x.shape[3] // patch_w,
@@ -176,7 +209,9 @@ def launch_patch_embed_fwd(
         "CHANNELS": channels,
         "PATCH_H": patch_h,
         "PATCH_W": patch_w,
-        "PACKED_WEIGHT": weight[0].is_contiguous(),
+        "CHANNELS_LAST": channels_last,
+        "PACKED_WEIGHT": channels_last or weight[0].is_contiguous(),
+        "STATS_CHUNK": STATS_CHUNK,
         "PRECISION": dot_precision(weight.dtype, convolution=True),
     }
     launch(_patch_embed_fwd_kernel, grid, config, **arguments)

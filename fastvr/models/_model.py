@@ -1,8 +1,9 @@
-"""What the model families share: the check of an image, and noticing that weights may have changed."""
+"""What the model families share: images and their check, and noticing that weights may have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,65 @@ class Model(nn.Module):
     """A module that counts what may have changed its weights, so that a prepared snapshot knows it is stale.
 
     Counted are ``train()`` and ``eval()`` that change the mode, ``load_state_dict``, everything that goes
-    through ``to()``, and new classifiers; also where the model is a part of a larger one. Writing into
-    parameters by hand is not.
+    through ``to()``, new classifiers and ``normalize_images``; also where the model is a part of a larger
+    one. Writing into parameters by hand is not.
     """
 
     generation: int = 0
+    in_chans: int
+    # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()
+    _moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def normalize_images(self, mean: float | Sequence[float], std: float | Sequence[float]) -> Self:
+        """Take uint8 images, as decoders give them, as ``(x / 255 - mean) / std``.
+
+        The numbers belong to the weights: timm's ``vit_*_patch16_224`` were trained with 0.5 and 0.5,
+        torchvision's ResNets with (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). They are not part of the
+        state dict.
+
+        Args:
+            mean, std: one number, or one for each of the images' channels; std is positive.
+
+        Returns:
+            The model. Floating images are taken as they are, as before.
+
+        Raises:
+            ValueError: numbers that do not fit; the message names the argument.
+        """
+        self._moments = self._per_channel("mean", mean), self._per_channel("std", std)
+        self.changed()
+        return self
+
+    def _per_channel(self, name: str, given: float | Sequence[float]) -> tuple[float, ...]:
+        values = tuple(given) if isinstance(given, Sequence) else (given,) * self.in_chans
+        numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+        if len(values) != self.in_chans or not numbers or (name == "std" and min(values) <= 0):
+            kind = "positive number" if name == "std" else "number"
+            raise ValueError(
+                f"{type(self).__name__}: {name} must be one {kind}, or one for each of {self.in_chans} "
+                f"channels; got {given!r}"
+            )
+        return tuple(float(v) for v in values)
+
+    def image_moments(
+        self, x: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(mean, std), each [in_chans], as ops want them beside images ``x``; (None, None) for floating ones.
+
+        ``dtype``: the weights'; the vectors are float32, or float64 beside such weights.
+        """
+        if x.dtype != torch.uint8:
+            return None, None
+        assert self._moments is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        key = (self._moments, x.device, wide)
+        kept = self.__dict__.get("_kept_moments")
+        if kept is None or kept[0] != key:
+            # once, not at every call: copies to a GPU would wait for it
+            vectors = tuple(torch.tensor(m, dtype=wide, device=x.device) for m in self._moments)
+            self.__dict__["_kept_moments"] = kept = (key, vectors)
+        mean, std = kept[1]
+        return mean, std
 
     def changed(self) -> None:
         """Say that weights, placement or structure changed."""
@@ -44,26 +99,35 @@ class Model(nn.Module):
 
 
 def check_image(
-    model: str, x: torch.Tensor, in_chans: int, img_size: tuple[int, int] | None, first: nn.Module
-) -> None:
+    model: Model, x: torch.Tensor, img_size: tuple[int, int] | None, first: nn.Module
+) -> torch.dtype:
     """Raise one ValueError where ``x`` is no image for ``model``, whose first layer is ``first``.
 
     ``img_size`` None takes every size. Under autocast any floating dtype is taken.
+
+    Returns:
+        The dtype of the first layer's weight, or x's where there is none (float32 for uint8 images).
     """
+    name, in_chans = ("ViT" if img_size is not None else "ResNet"), model.in_chans
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{model}: x must be a torch.Tensor; got {type(x).__name__}")
+        raise ValueError(f"{name}: x must be a torch.Tensor; got {type(x).__name__}")
     size = "H, W" if img_size is None else f"{img_size[0]}, {img_size[1]}"
     shape = tuple(x.shape)
     fits = len(shape) == 4 and shape[1] == in_chans
     if not fits or (min(shape[2:]) < 1 if img_size is None else shape[2:] != img_size):
-        raise ValueError(f"{model}: x must be [N, {in_chans}, {size}]; got {list(shape)}")
-    if x.dtype not in _check.FLOATING:
-        raise ValueError(f"{model}: x must be floating, as the weights are; got {x.dtype}")
+        raise ValueError(f"{name}: x must be [N, {in_chans}, {size}]; got {list(shape)}")
+    if x.dtype == torch.uint8 and model._moments is None:
+        raise ValueError(
+            f"{name}: x must be floating, or uint8 after normalize_images(mean, std); got {x.dtype}"
+        )
+    if x.dtype not in (*_check.FLOATING, torch.uint8):
+        raise ValueError(f"{name}: x must be floating, as the weights are; got {x.dtype}")
     # a layer that somebody put in place may have no weight, or hold it elsewhere
     weight = getattr(first, "weight", None)
     if not isinstance(weight, torch.Tensor):
-        return
+        return torch.promote_types(x.dtype, torch.float32) if x.dtype == torch.uint8 else x.dtype
     if x.device != weight.device:
-        raise ValueError(f"{model}: x must be on {weight.device}, where the weights are; got {x.device}")
-    if x.dtype != weight.dtype and _check.autocast_dtype(x.device) is None:
-        raise ValueError(f"{model}: x must be {weight.dtype}, as the weights are; got {x.dtype}")
+        raise ValueError(f"{name}: x must be on {weight.device}, where the weights are; got {x.device}")
+    if x.dtype not in (weight.dtype, torch.uint8) and _check.autocast_dtype(x.device) is None:
+        raise ValueError(f"{name}: x must be {weight.dtype}, as the weights are; got {x.dtype}")
+    return weight.dtype

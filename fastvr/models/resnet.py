@@ -12,6 +12,7 @@ from fastvr.models._model import Model, check_image
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.head import classify_map, pool_map
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1
+from fastvr.reference.image import normalize
 
 
 class ResNet(Model):
@@ -76,7 +77,8 @@ class ResNet(Model):
         """Logits of images.
 
         Args:
-            x: [N, in_chans, H, W] of any size, in the weights' dtype and on their device.
+            x: [N, in_chans, H, W] of any size, in the weights' dtype and on their device, or uint8 after
+                :meth:`normalize_images`.
 
         Returns:
             [N, num_classes]; with ``num_classes=0`` the pooled features, with ``global_pool=""`` the map.
@@ -88,7 +90,8 @@ class ResNet(Model):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
-        check_image("ResNet", x, self.in_chans, None, self.conv1)
+        dtype = check_image(self, x, None, self.conv1)
+        x = normalize(x, *self.image_moments(x, dtype), dtype)
         x = pool_map(self.maxpool, conv_bn_relu(self.conv1, self.bn1, self.relu, x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

@@ -14,6 +14,7 @@ from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
 from fastvr.nn.plain import layer_norm, plain, plain_norm
+from fastvr.reference.image import normalize
 
 _POOLS = ("token", "avg", "")
 
@@ -145,8 +146,12 @@ class ViT(Model):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images.
 
+        With ``global_pool="token"`` the last block computes for the class token alone, also in training,
+        unless something inside it is observed, replaced or dropping.
+
         Args:
-            x: [B, in_chans, height, width], in the weights' dtype and on their device.
+            x: [B, in_chans, height, width], in the weights' dtype and on their device, or uint8 after
+                :meth:`normalize_images`.
 
         Returns:
             [B, num_classes]; with ``global_pool=""`` [B, tokens, num_classes].
@@ -154,11 +159,11 @@ class ViT(Model):
         Raises:
             ValueError: x's rank, size, dtype or device.
         """
-        x = self._encode(x)
-        if self.global_pool == "token" and plain_norm(self.norm):
-            # the other tokens' norms would be thrown away
-            return self._classify(layer_norm(self.norm, x[:, 0], for_matmul=plain(self.head, nn.Linear)))
-        return self.forward_head(layer_norm(self.norm, x))
+        if self.global_pool == "token" and (plain_norm(self.norm) or plain(self.norm, nn.Identity)):
+            # what the last block and the norm make of the other tokens would be thrown away
+            x = self._encode_class_token(x)
+            return self._classify(layer_norm(self.norm, x, for_matmul=plain(self.head, nn.Linear)))
+        return self.forward_head(layer_norm(self.norm, self._encode(x)))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens after the last norm, [B, tokens, embed_dim]; ``x`` as for :meth:`forward`."""
@@ -237,7 +242,8 @@ class ViT(Model):
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         embed = self.patch_embed
-        check_image("ViT", x, self.in_chans, self.img_size, getattr(embed, "proj", embed))
+        dtype = check_image(self, x, self.img_size, getattr(embed, "proj", embed))
+        x = normalize(x, *self.image_moments(x, dtype), dtype)
         width = self.embed_dim
         given = [t.view(-1, width) for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = None if not given else given[0] if len(given) == 1 else torch.cat(given)
@@ -254,6 +260,17 @@ class ViT(Model):
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.blocks(self._embed(x))
         return y
+
+    def _encode_class_token(self, x: torch.Tensor) -> torch.Tensor:
+        """``_encode(x)[:, 0]``."""
+        x = self._embed(x)
+        blocks = list(self.blocks.children()) if plain(self.blocks, nn.Sequential) else []
+        if not blocks or not plain(blocks[-1], Block):
+            y: torch.Tensor = self.blocks(x)
+            return y[:, 0]
+        for block in blocks[:-1]:
+            x = block(x)
+        return blocks[-1].first(x)
 
     def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(layer_norm(self.fc_norm, x))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.nn.plain import idle, join, layer_norm, linear, plain
-from fastvr.ops.attention import attention
+from fastvr.ops.attention import attention, attention_kv
 from fastvr.ops.linear import linear as linear_op
 
 
@@ -62,6 +62,32 @@ class Attention(nn.Module):
         if plain(proj, nn.Linear) and idle(self.proj_drop):
             return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual)
         return join(self.proj_drop(linear(proj, y)), gamma, residual)
+
+    def separable(self) -> bool:
+        """Whether :meth:`first` gives what a call would: nothing inside is observed, replaced or dropping."""
+        return (
+            plain(self, Attention)
+            and plain(self.qkv, nn.Linear)
+            and plain(self.proj, nn.Linear)
+            and idle(self.attn_drop)
+            and idle(self.proj_drop)
+        )
+
+    def first(
+        self, x: torch.Tensor, gamma: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``residual + gamma * attention(x)`` of each sample's first token alone: [B, N, D] to [B, D]."""
+        qkv, proj = self.qkv, self.proj
+        assert plain(qkv, nn.Linear)
+        assert plain(proj, nn.Linear)
+        dim = proj.in_features
+        # split, and not slices: their gradients would each be padded to the whole
+        q_weight, kv_weight = qkv.weight.split([dim, 2 * dim])
+        q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
+        # of rows, not of samples with one: PyTorch would add the bias in a launch of its own
+        q = linear_op(x[:, 0], q_weight, q_bias)[:, None]
+        y = attention_kv(q, linear_op(x, kv_weight, kv_bias), self.num_heads, scale=self.scale)
+        return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual)
 
     def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
         """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastvr.nn.attention import Attention
 from fastvr.nn.mlp import Mlp
-from fastvr.nn.plain import idle, layer_norm, plain
+from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
 
 
 class LayerScale(nn.Module):
@@ -96,15 +96,43 @@ class Block(nn.Module):
         x = layer_norm(self.norm1, _branch(self.attn, x, None, self.ls1, self.drop_path1))
         return layer_norm(self.norm2, _branch(self.mlp, x, None, self.ls2, self.drop_path2))
 
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """``block(x)[:, 0]``, [B, N, D] to [B, D]: where only the class token is read.
+
+        Every token's keys and values are needed, but only this one's query, projection and MLP. Where
+        something inside is observed, replaced or dropping (the random numbers would be others) the whole
+        block runs.
+        """
+        attn, mlp = self.attn, self.mlp
+        if not (
+            plain(self, Block)
+            and isinstance(attn, Attention)
+            and isinstance(mlp, Mlp)
+            and attn.separable()
+            and mlp.separable()
+            and all(plain_norm(norm) for norm in (self.norm1, self.norm2))
+            and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (self.ls1, self.ls2))
+            and all(_passes(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
+        ):
+            y: torch.Tensor = self(x)
+            return y[:, 0]
+        first = x[:, 0]
+        if self.norm_first:
+            x = layer_norm(self.norm1, x, for_matmul=True)
+            first = attn.first(x, _gamma(self.ls1), first)
+            return mlp.branch(first, self.norm2, _gamma(self.ls2), first)
+        first = layer_norm(self.norm1, attn.first(x, _gamma(self.ls1), first))
+        return layer_norm(self.norm2, mlp.branch(first, None, _gamma(self.ls2), first))
+
 
 def _branch(
     module: nn.Module, x: torch.Tensor, norm: nn.Module | None, scale: nn.Module, drop_path: nn.Module
 ) -> torch.Tensor:
     """``x + drop_path(scale(module(norm(x))))``."""
-    gamma = scale.gamma if plain(scale, LayerScale) else None
+    gamma = _gamma(scale)
     scaled = gamma is not None or plain(scale, nn.Identity)
     if scaled and (plain(module, Attention) or plain(module, Mlp)):
-        if idle(drop_path) or (plain(drop_path, DropPath) and not _drops(drop_path)):
+        if _passes(drop_path):
             return module.branch(x, norm, gamma, residual=x)
         y = module.branch(x, norm, gamma)
     else:
@@ -113,5 +141,12 @@ def _branch(
     return x + dropped
 
 
-def _drops(drop_path: DropPath) -> bool:
-    return drop_path.training and drop_path.drop_prob > 0
+def _gamma(scale: nn.Module) -> torch.Tensor | None:
+    return scale.gamma if plain(scale, LayerScale) else None
+
+
+def _passes(drop_path: nn.Module) -> bool:
+    """Whether ``drop_path`` passes its input on as it is, and nobody observes it."""
+    if plain(drop_path, DropPath):
+        return not (drop_path.training and drop_path.drop_prob > 0)
+    return idle(drop_path)

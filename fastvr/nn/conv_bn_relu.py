@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.nn.plain import plain
+from fastvr.ops.conv_bn_relu import BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
+from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu as dual_conv_bn_relu_op
 
 
 class ScaleShift(nn.Module):
@@ -57,36 +59,19 @@ def conv_bn_relu(
     module is observed or replaced. Batch statistics, and the running ones that they move, stay the BatchNorm
     module's own affair.
     """
-    if plain_conv(conv) and (relu is None or plain(relu, nn.ReLU)):
-        act = "none" if relu is None else "relu"
-        if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
-            if conv.bias is None:
-                return conv_bn_relu_op(
-                    x,
-                    conv.weight,
-                    bn.weight,
-                    bn.bias,
-                    bn.running_mean,
-                    bn.running_var,
-                    eps=bn.eps,
-                    stride=conv.stride,
-                    padding=conv.padding,  # type: ignore[arg-type]
-                    groups=conv.groups,
-                    act=act,
-                    residual=residual,
-                )
-        elif plain(bn, ScaleShift) and conv.bias is None:
-            return conv_bn_relu_op(
-                x,
-                conv.weight,
-                bn.scale,
-                bn.shift,
-                stride=conv.stride,
-                padding=conv.padding,  # type: ignore[arg-type]
-                groups=conv.groups,
-                act=act,
-                residual=residual,
-            )
+    norm = batch_norm(bn)
+    if norm is not None and plain_conv(conv) and conv.bias is None and (relu is None or plain(relu, nn.ReLU)):
+        return conv_bn_relu_op(
+            x,
+            conv.weight,
+            *norm[:4],
+            eps=norm.eps,
+            stride=conv.stride,
+            padding=conv.padding,  # type: ignore[arg-type]
+            groups=conv.groups,
+            act="none" if relu is None else "relu",
+            residual=residual,
+        )
     y: torch.Tensor = bn(convolve(conv, x))
     if residual is not None:
         y = y + residual
@@ -94,6 +79,45 @@ def conv_bn_relu(
         return y
     # not in place, as the module has it: a backward hook on bn forbids that, and nothing is saved by it
     return F.relu(y) if plain(relu, nn.ReLU) else relu(y)
+
+
+def dual_conv_bn_relu(
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module | None,
+    x: torch.Tensor,
+    conv2: nn.Module,
+    bn2: nn.Module,
+    x2: torch.Tensor,
+) -> torch.Tensor:
+    """``relu(bn(conv(x)) + bn2(conv2(x2)))``: a residual block's last convolution and its shortcut's.
+
+    One launch where both are plain 1x1 convolutions under the conditions of :func:`conv_bn_relu`.
+    """
+    norm, norm2 = batch_norm(bn), batch_norm(bn2)
+    if (
+        norm is not None
+        and norm2 is not None
+        and _pointwise(conv)
+        and conv.stride == (1, 1)
+        and _pointwise(conv2)
+        and (relu is None or plain(relu, nn.ReLU))
+    ):
+        act = "none" if relu is None else "relu"
+        return dual_conv_bn_relu_op(
+            x, conv.weight, norm, x2, conv2.weight, norm2, stride2=conv2.stride, act=act
+        )
+    return conv_bn_relu(conv, bn, relu, x, residual=conv_bn_relu(conv2, bn2, None, x2))
+
+
+def batch_norm(bn: nn.Module) -> BatchNorm | None:
+    """What ``bn`` computes by running statistics,, in eval or frozen in training; None where it does
+    not, or where it is observed or replaced."""
+    if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+        return BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+    if plain(bn, ScaleShift):
+        return BatchNorm(bn.scale, bn.shift)
+    return None
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -120,4 +144,14 @@ def plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+    )
+
+
+def _pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return (
+        plain_conv(conv)
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
     )

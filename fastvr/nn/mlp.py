@@ -44,6 +44,18 @@ class Mlp(nn.Module):
         """[..., D] to [..., D]."""
         return self.branch(x)
 
+    def separable(self) -> bool:
+        """Whether rows may be computed apart from their sample: nothing inside is observed, replaced or
+        dropping."""
+        return (
+            plain(self, Mlp)
+            and plain(self.fc1, nn.Linear)
+            and plain(self.fc2, nn.Linear)
+            and fused_name(self.act) is not None
+            and idle(self.drop1)
+            and idle(self.drop2)
+        )
+
     def branch(
         self,
         x: torch.Tensor,

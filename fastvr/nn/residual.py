@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import nn
 
-from fastvr.nn.conv_bn_relu import conv_bn_relu
+from fastvr.nn.conv_bn_relu import conv_bn_relu, dual_conv_bn_relu
 from fastvr.nn.plain import plain
 
 
@@ -68,7 +68,10 @@ class Bottleneck(nn.Module):
         """[N, inplanes, H, W] to [N, 4 * planes, H / stride, W / stride]."""
         y = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
         y = conv_bn_relu(self.conv2, self.bn2, self.relu, y)
-        return conv_bn_relu(self.conv3, self.bn3, self.relu, y, residual=_identity(self.downsample, x))
+        shortcut = self.downsample
+        if shortcut is not None and _conv_and_norm(shortcut):
+            return dual_conv_bn_relu(self.conv3, self.bn3, self.relu, y, shortcut[0], shortcut[1], x)
+        return conv_bn_relu(self.conv3, self.bn3, self.relu, y, residual=_identity(shortcut, x))
 
     @property
     def last_norm(self) -> nn.Module:
@@ -86,7 +89,11 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 def _identity(downsample: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
     if downsample is None:
         return x
-    if plain(downsample, nn.Sequential) and len(downsample) == 2:
+    if _conv_and_norm(downsample):
         return conv_bn_relu(downsample[0], downsample[1], None, x)
     y: torch.Tensor = downsample(x)
     return y
+
+
+def _conv_and_norm(downsample: nn.Module) -> TypeGuard[nn.Sequential]:
+    return plain(downsample, nn.Sequential) and len(downsample) == 2

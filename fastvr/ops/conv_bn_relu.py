@@ -18,6 +18,19 @@ from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
 _VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
+class BatchNorm(NamedTuple):
+    """BatchNorm of running statistics, by its vectors, [O] or None each, and what is added to the variance.
+
+    Without ``running_mean`` and ``running_var``, ``weight`` and ``bias`` are scale and shift themselves.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    eps: float = 1e-5
+
+
 def conv_bn_relu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -32,6 +45,8 @@ def conv_bn_relu(
     groups: int = 1,
     act: str = "relu",
     residual: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A 2-d convolution with BatchNorm (of running statistics), residual and activation in one launch.
 
@@ -40,19 +55,21 @@ def conv_bn_relu(
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16 (float64 runs in PyTorch); channels_last is fast, any
-            strides work without a copy.
+            strides work without a copy. Or uint8: then ``(x / 255 - mean) / std``, rounded to weight's dtype,
+            is what is convolved; padding is zero after it.
         weight: [O, C / groups, kh, kw], x's dtype; channels_last is fast, any strides work.
-        bn_weight, bn_bias: [O] or None; float32 or x's dtype.
-        running_mean, running_var: [O], both or neither; float32 or x's dtype. With neither, the result is
-            ``act(conv(x) * bn_weight + bn_bias + residual)``: a prepared scale and shift, or a bias alone.
+        bn_weight, bn_bias: [O] or None; float32 or weight's dtype.
+        running_mean, running_var: [O], both or neither; float32 or weight's dtype. With neither, the
+            result is ``act(conv(x) * bn_weight + bn_bias + residual)``: a prepared scale and shift.
         eps: added to running_var.
         stride, padding: one number, or (vertical, horizontal).
         groups: as in ``torch.nn.Conv2d``.
         act: "none" or "relu".
         residual: [N, O, OH, OW], any floating dtype and strides.
+        mean, std: [C], any floating dtype; for uint8 images, and only for them.
 
     Returns:
-        [N, O, OH, OW], channels_last, in the dtype that PyTorch's promotion of x and residual gives.
+        [N, O, OH, OW], channels_last, in the dtype that PyTorch's promotion of weight and residual gives.
 
     Under autocast x and weight are cast to its dtype; the BatchNorm vectors and residual stay as they are.
 
@@ -60,10 +77,7 @@ def conv_bn_relu(
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
     op = "conv_bn_relu"
-    _check.operand(op, "x", x)
     _check.operand(op, "weight", weight)
-    if (dtype := _check.autocast_dtype(x.device)) is not None:
-        x, weight = _check.cast(x, dtype), _check.cast(weight, dtype)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"{op}: weight must be [out_channels, C / groups, kh, kw]; got {list(weight.shape)}")
     out_channels, group_channels, kh, kw = weight.shape
@@ -73,6 +87,10 @@ def conv_bn_relu(
         raise ValueError(
             f"{op}: groups must be a divisor of weight's {out_channels} output channels; got {groups}"
         )
+    _check.image(op, x, mean, std, group_channels * groups)
+    if (dtype := _check.autocast_dtype(x.device)) is not None:
+        weight = _check.cast(weight, dtype)
+        x = x if x.dtype == torch.uint8 else _check.cast(x, dtype)
     if x.dim() != 4 or x.shape[1] != group_channels * groups:
         raise ValueError(
             f"{op}: x must be [N, {group_channels * groups}, H, W] for a weight of {list(weight.shape)} "
@@ -84,14 +102,10 @@ def conv_bn_relu(
         raise ValueError(
             f"{op}: x must be at least {kh} x {kw} (the window) with its padding of {padding}; got {h} x {w}"
         )
-    _check.companion(op, "weight", weight, tuple(weight.shape), x, dtype=x.dtype)
-    for name, vector in zip(_VECTORS, (bn_weight, bn_bias, running_mean, running_var), strict=True):
-        _check.companion(op, name, vector, (out_channels,), x)
-        if vector is not None and vector.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{op}: {name} must be float32 or {x.dtype}, as x is; got {vector.dtype}")
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
+    given = None if x.dtype == torch.uint8 else x.dtype
+    _check.companion(op, "weight", weight, tuple(weight.shape), x, dtype=given)
+    vectors = BatchNorm(bn_weight, bn_bias, running_mean, running_var)
+    check_batch_norm(op, vectors, weight, _VECTORS)
     _check.companion(op, "residual", residual, (n, out_channels, oh, ow), x)
     _check.choice(op, "act", act, ACTIVATIONS)
     return CONV_BN_RELU(
@@ -107,7 +121,22 @@ def conv_bn_relu(
         groups,
         act,
         residual,
+        mean,
+        std,
     )
+
+
+def check_batch_norm(op: str, bn: BatchNorm, weight: torch.Tensor, names: Sequence[str]) -> None:
+    """The four vectors of ``bn`` fit what ``weight`` makes; ``names`` is what the caller calls them."""
+    for name, vector in zip(names, bn[:4], strict=True):
+        _check.companion(op, name, vector, (weight.shape[0],), weight)
+        if vector is not None and vector.dtype not in (torch.float32, weight.dtype):
+            raise ValueError(
+                f"{op}: {name} must be float32 or {weight.dtype}, as weight is; got {vector.dtype}"
+            )
+    if (bn.running_mean is None) != (bn.running_var is None):
+        missing = names[2] if bn.running_mean is None else names[3]
+        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
 
 
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> list[int]:
@@ -132,10 +161,11 @@ def _output_shape(
 
 def gathered(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel loads element by element: blocks of K that cross taps (the stem, few channels a
-    group), or memory whose innermost dimension is not the channels, 16 bytes at a time."""
+    group), bytes to be normalised, or memory whose innermost dimension is not the channels, 16 bytes at a
+    time."""
     _, c, kh, kw = weight.shape
     crossing = kh * kw > 1 and c % 64 != 0
-    return crossing or not (_wide(x) and _wide(weight))
+    return x.dtype == torch.uint8 or crossing or not (_wide(x) and _wide(weight))
 
 
 def _wide(t: torch.Tensor) -> bool:
@@ -157,7 +187,9 @@ def table_key(
         "sh": stride[0],
         "sw": stride[1],
     }
-    return tuning.key("conv_bn_relu", x.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
+    if x.dtype == torch.uint8:
+        sizes["u8"] = 1
+    return tuning.key("conv_bn_relu", weight.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
 
 
 class Arguments(NamedTuple):
@@ -173,6 +205,8 @@ class Arguments(NamedTuple):
     groups: int
     act: str
     residual: torch.Tensor | None
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
@@ -180,7 +214,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
     n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     y = backend.empty(
-        shape, dtype=result_dtype(a.x, a.residual), device=a.x.device, memory_format=torch.channels_last
+        shape, dtype=result_dtype(a.weight, a.residual), device=a.x.device, memory_format=torch.channels_last
     )
     if n == 0:
         return y
@@ -189,8 +223,8 @@ def _kernel(a: Arguments) -> torch.Tensor:
         "conv_bn_relu",
         table_key(a.x, a.weight, a.stride, a.padding, a.groups),
         a.x.device,
-        default=lambda: default_config(n * oh * ow, o // a.groups, a.x.dtype, arch, gathered=scalar),
-        candidates=lambda: candidate_configs(a.x.dtype, arch, gathered=scalar),
+        default=lambda: default_config(n * oh * ow, o // a.groups, a.weight.dtype, arch, gathered=scalar),
+        candidates=lambda: candidate_configs(a.weight.dtype, arch, gathered=scalar),
     )
     launch_conv_bn_relu_fwd(
         x=a.x,
@@ -200,6 +234,8 @@ def _kernel(a: Arguments) -> torch.Tensor:
         running_mean=_check.dense(a.running_mean),
         running_var=_check.dense(a.running_var),
         residual=a.residual,
+        mean=_check.dense(a.mean),
+        std=_check.dense(a.std),
         y=y,
         stride=(a.stride[0], a.stride[1]),
         padding=(a.padding[0], a.padding[1]),
@@ -214,13 +250,13 @@ def _kernel(a: Arguments) -> torch.Tensor:
 def _fake(a: Arguments) -> torch.Tensor:
     shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     return torch.empty(
-        shape, dtype=result_dtype(a.x, a.residual), device=a.x.device, memory_format=torch.channels_last
+        shape, dtype=result_dtype(a.weight, a.residual), device=a.x.device, memory_format=torch.channels_last
     )
 
 
 def _unsupported(a: Arguments) -> str | None:
     n, _, oh, ow = _output_shape(a.x, a.weight, a.stride, a.padding)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
+    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a[1:])
 
 
 def too_many_pixels(pixels: int) -> str | None:
@@ -241,14 +277,16 @@ def _cost(a: Arguments) -> Cost:
     read = n * c * min(h, shape[2] * a.weight.shape[2]) * min(w, shape[3] * a.weight.shape[3])
     moved = read * a.x.element_size() + nbytes(a[1:])
     return Cost(
-        2 * result * math.prod(a.weight.shape[1:]), moved + result * result_dtype(a.x, a.residual).itemsize
+        2 * result * math.prod(a.weight.shape[1:]),
+        moved + result * result_dtype(a.weight, a.residual).itemsize,
     )
 
 
 CONV_BN_RELU = Op(
     "conv_bn_relu",
     "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
-    "float eps, int[] stride, int[] padding, int groups, str act, Tensor? residual",
+    "float eps, int[] stride, int[] padding, int groups, str act, Tensor? residual, Tensor? mean, "
+    "Tensor? std",
     arguments=Arguments,
     kernel=_kernel,
     reference=reference,

@@ -14,7 +14,7 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.layer_norm import check_norm
-from fastvr.ops.linear import as_rows, launch_config, result_dtype, unit_rows
+from fastvr.ops.linear import as_rows, gemm, result_dtype, unit_rows
 from fastvr.reference.layernorm_mlp import layernorm_mlp as reference
 from fastvr.reference.linear import ACTIVATIONS
 
@@ -106,10 +106,7 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.linear import launch_linear_fwd
-
-    dtype = a.fc1_weight.dtype
-    hidden_features, features = a.fc1_weight.shape
+    hidden_features = a.fc1_weight.shape[0]
     n = a.fc2_weight.shape[0]
     y = backend.empty(
         (*a.x.shape[:-1], n), dtype=result_dtype(a.fc1_weight, a.gamma, a.residual), device=a.x.device
@@ -117,22 +114,20 @@ def _kernel(a: Arguments) -> torch.Tensor:
     if y.numel() == 0:
         return y
     rows = as_rows(a.x)
-    m = rows.shape[0]
-    hidden = backend.empty((m, hidden_features), dtype=dtype, device=a.x.device)
-    launch_linear_fwd(
+    hidden = backend.empty((rows.shape[0], hidden_features), dtype=a.fc1_weight.dtype, device=a.x.device)
+    gemm(
+        "layernorm_linear",
         x=rows,
         weight=a.fc1_weight,
         bias=_check.dense(a.fc1_bias),
         ln_weight=a.ln_weight.contiguous(),
         ln_bias=_check.dense(a.ln_bias),
-        gamma=None,
-        residual=None,
         y=hidden,
         act=a.act,
         eps=a.eps,
-        config=launch_config(m, hidden_features, features, dtype, a.x.device, norm=True),
     )
-    launch_linear_fwd(
+    gemm(
+        "linear",
         x=hidden,
         weight=a.fc2_weight,
         bias=_check.dense(a.fc2_bias),
@@ -140,7 +135,6 @@ def _kernel(a: Arguments) -> torch.Tensor:
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act="none",
-        config=launch_config(m, n, hidden_features, dtype, a.x.device, residual=a.residual is not None),
     )
     return y
 

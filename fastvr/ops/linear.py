@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,9 @@ from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.reference.linear import ACTIVATIONS
 from fastvr.reference.linear import linear as reference
+
+if TYPE_CHECKING:
+    from fastvr.kernels.linear_configs import Kind
 
 
 def linear(
@@ -45,21 +48,35 @@ def linear(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
-    _check.operand("linear", "x", x)
-    _check.operand("linear", "weight", weight)
+    x, weight, bias = check_linear("linear", x, weight, bias, act, gamma, residual)
+    return LINEAR(x, weight, bias, gamma, residual, act)
+
+
+def check_linear(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A linear layer's arguments; returns x, weight and bias as autocast has them."""
+    _check.operand(op, "x", x)
+    _check.operand(op, "weight", weight)
     if (dtype := _check.autocast_dtype(x.device)) is not None:
         x, weight, bias = _check.cast(x, dtype), _check.cast(weight, dtype), _check.cast_or_none(bias, dtype)
     if weight.dim() != 2:
-        raise ValueError(f"linear: weight must be [out_features, in_features]; got {list(weight.shape)}")
+        raise ValueError(f"{op}: weight must be [out_features, in_features]; got {list(weight.shape)}")
     n, k = weight.shape
     if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"linear: x must be [..., {k}] for a weight of {[n, k]}; got {list(x.shape)}")
-    _check.companion("linear", "weight", weight, (n, k), x, dtype=x.dtype)
-    _check.companion("linear", "bias", bias, (n,), x, dtype=x.dtype)
-    _check.companion("linear", "gamma", gamma, (n,), x)
-    _check.companion("linear", "residual", residual, (*x.shape[:-1], n), x)
-    _check.choice("linear", "act", act, ACTIVATIONS)
-    return LINEAR(x, weight, bias, gamma, residual, act)
+        raise ValueError(f"{op}: x must be [..., {k}] for a weight of {[n, k]}; got {list(x.shape)}")
+    _check.companion(op, "weight", weight, (n, k), x, dtype=x.dtype)
+    _check.companion(op, "bias", bias, (n,), x, dtype=x.dtype)
+    _check.companion(op, "gamma", gamma, (n,), x)
+    _check.companion(op, "residual", residual, (*x.shape[:-1], n), x)
+    _check.choice(op, "act", act, ACTIVATIONS)
+    return x, weight, bias
 
 
 def result_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
@@ -83,33 +100,41 @@ def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def table_key(
-    m: int, n: int, k: int, dtype: torch.dtype, *, norm: bool = False, residual: bool = False
+    m: int, n: int, k: int, dtype: torch.dtype, *, kind: Kind = "linear", residual: bool = False
 ) -> str:
-    """A residual is part of the key: with it the widest tiles run out of registers."""
-    op = "norm_linear" if norm else "linear"
-    return tuning.key(op, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
+    """A residual is part of the key: it is as much to read as the result is to write."""
+    return tuning.key(kind, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
 
 
-def launch_config(
-    m: int,
-    n: int,
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
+def gemm(
+    kind: Kind,
     *,
-    norm: bool = False,
-    residual: bool = False,
-) -> tuning.Config:
-    """The configuration of one launch of the GEMM, for [m, k] by [n, k]."""
-    from fastvr.kernels.linear import candidate_configs, default_config
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    **others: Any,
+) -> None:
+    """Write the product of x [m, k] and weight [n, k], with all that surrounds it, to y [m, n].
 
+    ``kind`` is the name of what chooses the configuration; ``others`` are ``launch_linear_fwd``'s.
+    """
+    from fastvr.kernels.linear import candidate_configs, default_config, launch_linear_fwd
+
+    (m, k), n = x.shape, weight.shape[0]
+    dtype, device = weight.dtype, y.device
     arch = backend.architecture(device)
-    return tuning.config(
-        "norm_linear" if norm else "linear",
-        table_key(m, n, k, dtype, norm=norm, residual=residual),
+    config = tuning.config(
+        kind,
+        table_key(m, n, k, dtype, kind=kind, residual=residual is not None),
         device,
-        default=lambda: default_config(m, n, dtype, arch, norm=norm, residual=residual),
-        candidates=lambda: candidate_configs(dtype, arch, norm=norm, residual=residual),
+        default=lambda: default_config(m, n, dtype, arch, kind=kind),
+        candidates=lambda: candidate_configs(dtype, arch, kind=kind, m=m),
+    )
+    split = config.get("SPLIT_K", 1)
+    workspace = backend.empty((split, m, n), dtype=torch.float32, device=device) if split > 1 else None
+    launch_linear_fwd(
+        x=x, weight=weight, residual=residual, y=y, workspace=workspace, config=config, **others
     )
 
 
@@ -123,22 +148,19 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
-    from fastvr.kernels.linear import launch_linear_fwd
-
-    n, k = a.weight.shape
+    n = a.weight.shape[0]
     y = backend.empty((*a.x.shape[:-1], n), dtype=result_dtype(a.x, a.gamma, a.residual), device=a.x.device)
     if y.numel() == 0:
         return y
-    rows = as_rows(a.x)
-    launch_linear_fwd(
-        x=rows,
+    gemm(
+        "linear",
+        x=as_rows(a.x),
         weight=a.weight,
         bias=_check.dense(a.bias),
         gamma=_check.dense(a.gamma),
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act=a.act,
-        config=launch_config(rows.shape[0], n, k, a.x.dtype, a.x.device, residual=a.residual is not None),
     )
     return y
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from fastvr.reference.image import normalize
+
 ACTIVATIONS = ("none", "relu")
 
 
@@ -34,7 +36,10 @@ def conv_bn_relu(
     groups: int = 1,
     act: str = "relu",
     residual: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    x = normalize(x, mean, std, weight.dtype)
     y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
     if running_mean is not None:
         scale, shift, mean, var = _one_dtype(y, bn_weight, bn_bias, running_mean, running_var)

@@ -46,12 +46,19 @@ def test_a_right_binary_passes() -> None:
         ({"mma": {"HMMA": 4}}, {}, "no HGMMA (has HMMA)"),
         ({"mma": {"HMMA": 4}, "arch": "sm_100"}, {}, "no UTC"),
         ({}, {"options": {"num_warps": 4}}, "enable_fp_fusion"),
+        ({}, {"arguments": {"BLOCK_M": 64, "TMA": 1}}, "no TMA loads"),
     ],
 )
 def test_each_rule_can_fail(resources: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     failures = _failures(_resources(**resources), **changes)
     assert len(failures) == 1
     assert words in failures[0]
+
+
+def test_descriptors_become_pointers_where_there_is_no_tma() -> None:
+    given = {"BLOCK_M": 64, "TMA": 1}
+    assert _failures(_resources(tma=8), arguments=given) == []
+    assert _failures(_resources(arch="sm_80", mma={"HMMA": 4}), arguments=given) == []
 
 
 def test_a_thin_tile_may_use_the_older_instruction() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"vit_b_16": 90, "resnet50": 60}
+LIMITS = {"vit_b_16": 90, "resnet50": 56}
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,9 @@ def test_flops_are_two_a_multiply_add() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "eager_launches", "most"), [(fastvr.ViT, 125, 90), (fastvr.ResNet50, 174, 60)]
+    # the libraries' own, and one more for the class token's query
+    ("build", "eager_launches", "most"),
+    [(fastvr.ViT, 125 + 1, 90), (fastvr.ResNet50, 174, 60)],
 )
 def test_the_models_fit_their_budget(build: type[nn.Module], eager_launches: int, most: int) -> None:
     with torch.device("meta"):

@@ -142,7 +142,7 @@ def test_one_grid_dimension_for_any_number_of_heads():
     y = torch.empty(5000, 197, 16 * 64, dtype=torch.bfloat16, device="meta")
     config = kernels.default_config(torch.bfloat16, "sm_90", head_dim=64)
     with record_launches(lambda kernel, grid, arguments, options: grids.append(grid)):
-        kernels.launch_attention_fwd(qkv=qkv, y=y, num_heads=16, scale=0.125, config=config)
+        kernels.launch_attention_fwd(q=qkv, kv=qkv, y=y, num_heads=16, scale=0.125, config=config)
     assert grids == [(5000 * 16 * 4,)]
 
 

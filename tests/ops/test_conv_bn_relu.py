@@ -222,6 +222,74 @@ def test_float32_residual_beside_bfloat16(device):
         assert conv_bn_relu(**given).dtype == torch.float32
 
 
+def image_inputs(*shape, dtype, device):
+    given = inputs(*shape, dtype, device, residual=False)
+    c = given["x"].shape[1]
+    given["x"] = torch.randint(0, 256, given["x"].shape, dtype=torch.uint8, device=device)
+    return given | {"mean": randn(c, device=device) * 0.2 + 0.5, "std": randn(c, device=device) * 0.05 + 0.25}
+
+
+# the stem, fewer channels than a block of K, no padding, whole blocks of K, groups
+IMAGES = [
+    (2, 3, 31, 30, 64, 7, 2, 3, 1),
+    (3, 1, 9, 8, 24, 3, 1, 1, 1),
+    (2, 5, 6, 7, 31, (1, 3), 1, 0, 1),
+    (1, 64, 5, 5, 24, 3, 1, 1, 1),
+    (1, 64, 5, 5, 24, 1, 2, 0, 1),
+    (2, 8, 6, 6, 12, 3, 2, (0, 1), 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_images_of_bytes(shape, dtype, device):
+    check(image_inputs(*shape, dtype=dtype, device=device))
+
+
+def test_images_of_bytes_in_any_layout(device):
+    given = image_inputs(2, 3, 12, 10, 24, 7, 2, 3, 1, dtype=torch.bfloat16, device=device)
+    for x in layouts(given["x"]):
+        check(given | {"x": x})
+    check(given | {"x": given["x"][:1].expand(2, -1, -1, -1)})
+    check(given | {name: given[name].repeat_interleave(2)[::2].half() for name in ("mean", "std")})
+
+
+def test_padding_is_zero_after_normalising(device):
+    given = image_inputs(1, 1, 1, 1, 1, 3, 1, 1, 1, dtype=torch.float32, device=device)
+    given |= dict.fromkeys(VECTORS) | {"weight": torch.ones(1, 1, 3, 3, device=device), "act": "none"}
+    given |= {"x": torch.full((1, 1, 1, 1), 255, dtype=torch.uint8, device=device)}
+    given |= {"mean": torch.tensor([0.5], device=device), "std": torch.tensor([0.25], device=device)}
+    with triton_forced():
+        assert conv_bn_relu(**given).item() == pytest.approx(2.0)
+
+
+def test_gradients_beside_bytes(device):
+    given = image_inputs(2, 3, 9, 8, 24, 3, 2, 1, 1, dtype=torch.float32, device=device)
+    for name in ("weight", "bn_weight", "bn_bias", "mean", "std"):
+        given[name].requires_grad_()
+    check(given, backward=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_under_every_configuration(dtype, device):
+    given = image_inputs(1, 3, 9, 9, 72, 7, 2, 3, 1, dtype=dtype, device=device)
+    for config in kernels.candidate_configs(dtype, "sm_90", gathered=True):
+        with tuning.force_config("conv_bn_relu", config):
+            check(given)
+
+
+def test_bytes_under_autocast_compiled_and_in_float64(device):
+    given = image_inputs(2, 3, 9, 8, 24, 3, 2, 1, 1, dtype=torch.float32, device=device)
+    assert_autocast(conv_bn_relu, twin, **given)
+    vectors = [given[name] for name in VECTORS]
+    options = (1e-5, [2, 2], [1, 1], 1, "relu", None, given["mean"], given["std"])
+    with triton_forced():
+        torch.library.opcheck(CONV_BN_RELU.overload, (given["x"], given["weight"], *vectors, *options))
+    given["weight"] = given["weight"].double()
+    assert "float64" in CONV_BN_RELU.unsupported(given["x"], given["weight"], *vectors, *options)
+    assert conv_bn_relu(**given).dtype == torch.float64
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_relu_keeps_nan(value, device):
     given = inputs(2, 16, 4, 4, 24, 1, 1, 0, 1, torch.float16, device)
@@ -264,8 +332,8 @@ def test_compiles_and_exports(device):
     x, weight, scale, shift, residual = tensors
     options = (1e-5, [2, 2], [1, 1], 1, "relu")
     with triton_forced():
-        torch.library.opcheck(CONV_BN_RELU.overload, (x, weight, scale, shift, mean, var, *options, residual))
-        torch.library.opcheck(CONV_BN_RELU.overload, (x, weight, None, None, None, None, *options, None))
+        for given in ((scale, shift, mean, var, *options, residual), (*[None] * 4, *options, None)):
+            torch.library.opcheck(CONV_BN_RELU.overload, (x, weight, *given, None, None))
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
@@ -279,8 +347,18 @@ def test_autocast_is_eagers(with_residual, device):
     [
         ({"x": None}, "x must be a torch.Tensor; got NoneType"),
         (
-            {"x": torch.zeros(2, 8, 5, 5, dtype=torch.uint8)},
+            {"x": torch.zeros(2, 8, 5, 5, dtype=torch.int32)},
             "x must be float32, float16, bfloat16 or float64",
+        ),
+        ({"x": torch.zeros(2, 8, 5, 5).byte()}, "mean must be given for uint8 images; got None"),
+        (
+            {"x": torch.zeros(2, 8, 5, 5).byte(), "mean": torch.zeros(8)},
+            "std must be given for uint8 images; got None",
+        ),
+        ({"mean": torch.zeros(8)}, "mean is for uint8 images only; got torch.float32"),
+        (
+            {"x": torch.zeros(2, 8, 5, 5).byte(), "mean": torch.zeros(8), "std": torch.ones(7)},
+            r"std must have shape \[8\]; got \[7\]",
         ),
         (
             {"x": torch.zeros(2, 7, 5, 5)},
@@ -294,7 +372,7 @@ def test_autocast_is_eagers(with_residual, device):
         ),
         ({"weight": torch.zeros(12, 8, 3, 3).half()}, "weight must be torch.float32, as the operands are"),
         ({"bn_weight": torch.zeros(11)}, r"bn_weight must have shape \[12\]; got \[11\]"),
-        ({"bn_bias": torch.zeros(12).half()}, "bn_bias must be float32 or torch.float32, as x is; got"),
+        ({"bn_bias": torch.zeros(12).half()}, "bn_bias must be float32 or torch.float32, as weight is; got"),
         ({"running_var": None}, "running_var must be given with its companion"),
         ({"running_mean": None}, "running_mean must be given with its companion"),
         (
@@ -331,7 +409,7 @@ def test_float64_has_no_kernel(device):
 def test_more_pixels_than_32_bits_count(device):
     x = torch.zeros(1, 1, 1, 1, device="meta").expand(2**17, 1, 128, 128)
     weight = torch.zeros(1, 1, 1, 1, device="meta")
-    options = (None, None, None, None, 1e-5, [1, 1], [0, 0], 1, "none", None)
+    options = (None, None, None, None, 1e-5, [1, 1], [0, 0], 1, "none", None, None, None)
     assert "output pixels" in CONV_BN_RELU.unsupported(x, weight, *options)
 
 
@@ -343,6 +421,7 @@ def test_flops_and_bytes(device):
         conv_bn_relu(**given)
     assert counter.get_total_flops() == 2 * (2 * 9 * 12) * 4
     vectors = [given[name] for name in VECTORS]
-    cost = CONV_BN_RELU.cost(given["x"], given["weight"], *vectors, 1e-5, [2, 2], [0, 0], 2, "relu", None)
+    options = (1e-5, [2, 2], [0, 0], 2, "relu", None, None, None)
+    cost = CONV_BN_RELU.cost(given["x"], given["weight"], *vectors, *options)
     # a quarter of x
     assert cost.bytes == 4 * (2 * 8 * 9 + 12 * 4 + 4 * 12 + 2 * 12 * 9)

@@ -74,8 +74,8 @@ def test_optional_parts(missing, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_configuration(arch, dtype, device):
     given = inputs((2, 70), 100, 130, dtype, device)
-    for config in kernels.candidate_configs(dtype, arch, norm=True):
-        with tuning.force_config("norm_linear", config):
+    for config in kernels.candidate_configs(dtype, arch, kind="layernorm_linear"):
+        with tuning.force_config("layernorm_linear", config):
             check(given, backward=False)
 
 
@@ -127,7 +127,7 @@ def test_a_sample_does_not_depend_on_its_batch(dtype, device):
     x = given.pop("x")
     del given["residual"]
     config = kernels.candidate_configs(dtype, "sm_90")[-1]
-    with tuning.force_config("norm_linear", config), tuning.force_config("linear", config):
+    with tuning.force_config("layernorm_linear", config), tuning.force_config("linear", config):
         assert_batch_invariant(lambda x: layernorm_mlp(x, residual=x, **given), x)
 
 

@@ -20,6 +20,9 @@ from fastvr.reference.linear import linear as reference
 from fastvr.testing import GELU_TAIL, check_op
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastvr.kernels import common
 from fastvr.kernels import linear as kernels
 
 WIDTHS = [(1, 1), (31, 192), (192, 31), (384, 768), (768, 384), (1023, 65), (65, 1500), (1280, 16)]
@@ -74,10 +77,65 @@ def test_rows(rows, device):
 @pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_configuration(arch, dtype, device):
-    given = inputs((2, 75), 200, 130, dtype, device, act="gelu")
-    for config in kernels.candidate_configs(dtype, arch):
+    given = inputs((2, 75), 200, 136, dtype, device, act="gelu")
+    for config in kernels.candidate_configs(dtype, arch, m=20):
         with tuning.force_config("linear", config):
             check(given, backward=False)
+
+
+CHOICES = {
+    "tma": {"TMA": 1},
+    "persistent": {"PERSISTENT": 1},
+    "persistent tma": {"TMA": 1, "PERSISTENT": 1},
+    "split": {"SPLIT_K": 3},
+    "split tma": {"TMA": 1, "SPLIT_K": 2},
+    "more slices than blocks": {"SPLIT_K": 8},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_choice_of_the_kernel(choice, dtype, device):
+    tile = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 2, "num_warps": 4, "num_stages": 1}
+    # K is no multiple of a block, M and N are none of a tile, and a program of a persistent grid has several
+    given = inputs((3, 60), 200, 264, dtype, device, act="gelu")
+    with tuning.force_config("linear", tile | CHOICES[choice]):
+        check(given, backward=False)
+
+
+def test_descriptors_only_where_tma_can_read(device):
+    launched = []
+
+    def kinds(x, weight):
+        launched.clear()
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "TMA": 1, "PERSISTENT": 1}
+        with triton_forced(), tuning.force_config("linear", config | {"num_warps": 4, "num_stages": 1}):
+            check({"x": x, "weight": weight, "act": "none"}, backward=False)
+            with common.record_launches(lambda *launch: launched.append(launch)):
+                linear(x, weight)
+        ((_, _, arguments, _),) = launched
+        described = [isinstance(arguments[name], TensorDescriptor) for name in ("x", "weight")]
+        assert described == [bool(arguments["TMA"])] * 2
+        assert arguments["PERSISTENT"] == arguments["TMA"]
+        return bool(arguments["TMA"])
+
+    dtype = torch.bfloat16
+    x, weight = randn(9, 72, dtype=dtype, device=device), randn(40, 72, dtype=dtype, device=device)
+    assert kinds(x, weight)
+    assert kinds(randn(9, 3, 72, dtype=dtype, device=device)[:, 1], weight)
+    assert not kinds(x.float(), weight.float())
+    assert not kinds(x[:, :60].contiguous(), weight[:, :60].contiguous())  # rows of 120 bytes
+    assert not kinds(randn(9, 80, dtype=dtype, device=device)[:, 4:76], weight)  # begins at 8 bytes
+    assert not kinds(randn(72, 9, dtype=dtype, device=device).t(), weight)
+    assert not kinds(x[:1].expand(9, 72), weight)
+
+
+def test_a_split_product_is_the_same_every_time(device):
+    x, weight = randn(90, 200, device=device), randn(70, 200, device=device)
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "SPLIT_K": 4}
+    with tuning.force_config("linear", config | {"num_warps": 4, "num_stages": 1}):
+        assert_order_does_not_matter(lambda: linear(x, weight, act="gelu"))
+        assert_batch_invariant(lambda x: linear(x, weight), x)
 
 
 @pytest.mark.parametrize("rows", [1, 32, 33, 20000])

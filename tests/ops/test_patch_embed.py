@@ -21,6 +21,7 @@ from fastvr.testing import check_op
 
 pytest.importorskip("triton")
 from fastvr.kernels import patch_embed as kernels
+from fastvr.kernels.common import record_launches
 
 
 def inputs(shape, d, patch, dtype, device, *, prefix=1, missing=()):
@@ -123,6 +124,82 @@ def test_image_layouts(layout, dtype, device):
     check(given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "patch"), [(3, 16), (3, 14), (1, 8), (31, (2, 3))])
+def test_channels_last_image_and_weight(channels, patch, dtype, device):
+    patch_h, patch_w = patch if isinstance(patch, tuple) else (patch, patch)
+    given = inputs((2, channels, 3 * patch_h, 2 * patch_w + 1), 40, patch, dtype, device)
+    for name in ("x", "weight"):
+        given[name] = given[name].to(memory_format=torch.channels_last)
+    check(given)
+    seen = []
+    with triton_forced(), record_launches(lambda kernel, grid, arguments, options: seen.append(arguments)):
+        patch_embed(**given)
+    assert [arguments["CHANNELS_LAST"] for arguments in seen] == [True]
+
+
+def uint8_inputs(shape, d, patch, dtype, device, **options):
+    given = inputs(shape, d, patch, dtype, device, **options)
+    given["x"] = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
+    mean, std = [0.485, 0.456, 0.406, 0.5, 0.5], [0.229, 0.224, 0.225, 0.3, 0.3]
+    given["mean"] = torch.tensor(mean[: shape[1]], device=device)
+    given["std"] = torch.tensor(std[: shape[1]], device=device)
+    return given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "patch", "prefix"), [(3, 16, 1), (3, 14, 5), (1, 8, 0), (5, (4, 2), 1), (3, 7, 130)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_uint8_images(channels, patch, prefix, memory_format, dtype, device):
+    patch_h, patch_w = patch if isinstance(patch, tuple) else (patch, patch)
+    given = uint8_inputs((2, channels, 3 * patch_h, 2 * patch_w + 1), 40, patch, dtype, device, prefix=prefix)
+    for name in ("x", "weight"):
+        given[name] = given[name].to(memory_format=memory_format)
+    check(given)
+
+
+def test_uint8_images_are_normalised_ones(device):
+    given = uint8_inputs((2, 3, 16, 16), 24, 8, torch.float32, device)
+    given["x"][0] = 0
+    given["x"][1] = 255
+    mean, std = (given.pop(name)[:, None, None] for name in ("mean", "std"))
+    normalised = given | {"x": (given["x"].double() / 255 - mean) / std}
+    exact = patch_embed(**{name: t.double() for name, t in normalised.items()})
+    with triton_forced():
+        y = patch_embed(**given, mean=mean.flatten(), std=std.flatten())
+    torch.testing.assert_close(y, exact.float())
+
+
+def test_gradients_of_a_uint8_image(device):
+    given = uint8_inputs((2, 3, 16, 24), 20, 8, torch.float32, device)
+    for name in ("weight", "bias", "pos_embed", "prefix_tokens"):
+        given[name].requires_grad_()
+    check(given, backward=True)
+
+
+@pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.bfloat16])
+def test_a_uint8_image_takes_the_weights_dtype(prefix_dtype, device):
+    given = uint8_inputs((2, 3, 16, 16), 24, 8, torch.bfloat16, device)
+    given["prefix_tokens"] = given["prefix_tokens"].to(prefix_dtype)
+    check(given)
+    with triton_forced():
+        assert patch_embed(**given).dtype == prefix_dtype
+
+
+def test_autocast_leaves_a_uint8_image(device):
+    given = uint8_inputs((2, 3, 32, 32), 24, 8, torch.float32, device, prefix=0, missing=("pos_embed",))
+
+    def eager(x, weight, bias, mean, std, **none):
+        # as a model under autocast sees an image that was normalised before it
+        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        image = (x.to(wide) / 255 - mean[:, None, None]) / std[:, None, None]
+        return reference(image, weight, bias)
+
+    assert_autocast(patch_embed, eager, **given)
+
+
 @pytest.mark.parametrize("part", ["weight", "bias", "pos_embed", "prefix_tokens"])
 def test_parameter_layouts(part, device):
     given = inputs((2, 3, 16, 16), 24, 8, torch.float32, device, prefix=2)
@@ -214,8 +291,11 @@ def test_compiles_and_exports(device):
 
     assert_compiles(call, tensors)
     with triton_forced():
-        torch.library.opcheck(PATCH_EMBED.overload, tuple(tensors))
-        torch.library.opcheck(PATCH_EMBED.overload, (tensors[0], tensors[1], None, None, None))
+        torch.library.opcheck(PATCH_EMBED.overload, (*tensors, None, None))
+        torch.library.opcheck(PATCH_EMBED.overload, (tensors[0], tensors[1], *[None] * 5))
+        image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=device)
+        of_uint8 = (image, *tensors[1:], torch.rand(3, device=device), torch.rand(3, device=device) + 0.1)
+        torch.library.opcheck(PATCH_EMBED.overload, of_uint8)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +310,12 @@ def test_autocast_is_eagers(prefix, missing, device):
     ("change", "message"),
     [
         ({"x": None}, "x must be a torch.Tensor; got NoneType"),
-        ({"x": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, "x must be float32.*got torch.uint8"),
+        ({"x": torch.zeros(2, 3, 16, 16, dtype=torch.int16)}, "x must be float32.*got torch.int16"),
+        (
+            {"x": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)},
+            "mean must be given for uint8 images; got None",
+        ),
+        ({"std": torch.ones(3)}, "std is for uint8 images only; got torch.float32"),
         ({"x": torch.zeros(3, 16, 16)}, r"x must be \[B, 3, H, W\].*got \[3, 16, 16\]"),
         ({"x": torch.zeros(2, 4, 16, 16)}, r"x must be \[B, 3, H, W\].*got \[2, 4, 16, 16\]"),
         (
@@ -280,10 +365,10 @@ def test_what_the_kernel_cannot_take_runs_in_pytorch(device):
 def test_rows_are_counted_in_31_bits():
     x = torch.empty(2**27, 3, 16, 16, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(4, 3, 4, 4, dtype=torch.bfloat16, device="meta")
-    reason = PATCH_EMBED.unsupported(x, weight, None, None, None)
+    reason = PATCH_EMBED.unsupported(x, weight, *[None] * 5)
     assert reason is not None
     assert "31 bits" in reason
-    assert PATCH_EMBED.unsupported(x[:100], weight, None, None, None) is None
+    assert PATCH_EMBED.unsupported(x[:100], weight, *[None] * 5) is None
 
 
 def test_flops_are_counted(device):

@@ -342,6 +342,28 @@ def test_host_descriptors(dtype):
     assert torch.equal(out, x * 2)
 
 
+@triton.jit
+def _corner_kernel(x_desc, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets[:, None] * BLOCK + offsets[None, :], x_desc.load([8, 24]))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_descriptor_reads_zeros_outside_and_writes_nothing_there(dtype):
+    x = torch.randn(20, 32).to(dtype)[:, :30]  # a row's bytes are a multiple of 16
+    whole = torch.full((24, 40), 7.0, dtype=dtype)
+    out = torch.empty(16, 16, dtype=dtype)
+    _corner_kernel[(1,)](TensorDescriptor.from_tensor(x, [16, 16]), out, BLOCK=16)
+    expected = torch.zeros(16, 16, dtype=dtype)
+    expected[:12, :6] = x[8:, 24:]
+    assert torch.equal(out, expected)
+    blocks = [TensorDescriptor(t, [20, 16], [t.stride(0), 1], [8, 16]) for t in (whole.clone(), whole)]
+    _descriptor_kernel[(3,)](*blocks, BLOCK=8)
+    assert (whole[:20, :16] == 14).all()
+    assert (whole[20:] == 7).all()
+    assert (whole[:, 16:] == 7).all()
+
+
 def test_descriptor_that_claims_more_than_its_tensor_is_caught():
     x, out = torch.ones(24, 16), torch.zeros(24, 16)
     source = TensorDescriptor(x[:20], [24, 16], [16, 1], [8, 16])

@@ -1,0 +1,130 @@
+"""What ``prepare`` returns: a model's function with the weights that it had."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from fastvr.models._model import Model
+from fastvr.prepare.graphs import Graphs
+from fastvr.prepare.snapshot import snapshot_of
+
+
+def prepare(
+    model: Model, example: torch.Tensor, *, batch_sizes: Sequence[int] | None = None
+) -> PreparedModel:
+    """Prepare ``model`` for inference on images like ``example``.
+
+    Args:
+        model: a ViT or ResNet in eval mode. It stays as it is, and its weights are copied.
+        example: images as the model takes them, floating or uint8; their values do not matter, their layout
+            is the one that is fastest afterwards.
+        batch_sizes: on a GPU, the batch sizes for which a CUDA graph is captured; None is the example's.
+            Other batch sizes and image sizes work too, without a graph.
+
+    Returns:
+        A callable that gives what ``model(x)`` gives, within the parity rule.
+
+    Raises:
+        ValueError: ``model`` is no ViT or ResNet, is in training mode or has hooks; ``example`` does not fit;
+            ``batch_sizes`` are not positive integers.
+    """
+    return PreparedModel(model, example, batch_sizes=batch_sizes)
+
+
+class PreparedModel:
+    """What :func:`prepare` returns: a model's function, with the weights that it had.
+
+    No gradient flows. What a call returns belongs to the caller: no later call changes it. Any thread and any
+    stream may call; calls that replay a graph run one after the other, since the graphs share their buffers.
+
+    It goes stale when its source changes by ``train()``, ``load_state_dict``, ``load_checkpoint``, ``to()``
+    and the like, ``reset_classifier`` or ``normalize_images``: then a call raises RuntimeError, until
+    :meth:`refresh` takes the new weights. Who writes into parameters, or changes one submodule, by hand calls
+    :meth:`refresh` afterwards. The source is not kept alive; without it the snapshot stays as it is.
+
+    The graphs hold the implementations that ran when they were captured: under another ``use_backend`` or
+    another autocast the call takes the plain way.
+    """
+
+    def __init__(
+        self, model: Model, example: torch.Tensor, *, batch_sizes: Sequence[int] | None = None
+    ) -> None:
+        if not isinstance(model, Model):
+            raise ValueError(f"prepare: model must be a ViT or ResNet; got {type(model).__name__}")
+        if not isinstance(example, torch.Tensor):
+            raise ValueError(f"prepare: example must be a torch.Tensor; got {type(example).__name__}")
+        self._source = weakref.ref(model)
+        self._example = torch.empty_like(example, device="meta")
+        self._batch_sizes = _sizes(batch_sizes, example)
+        self._lock = threading.Lock()
+        self._prepare(model, example.device, example.dtype)
+
+    def _prepare(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+        generation = model.generation
+        # tensors made in inference mode could not be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            snapshot = snapshot_of(model)
+            example = torch.zeros_like(self._example, device=device, dtype=dtype)
+            # a wrong example ends here, before anything is kept
+            snapshot(example)
+            wanted = device.type == "cuda" and self._batch_sizes
+            graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
+        self._snapshot, self._graphs, self._generation = snapshot, graphs, generation
+
+    @property
+    def captured(self) -> bool:
+        """Whether there are CUDA graphs."""
+        return self._graphs is not None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gave for ``x`` when it was prepared.
+
+        Raises:
+            RuntimeError: the source changed since.
+            ValueError: ``x`` is not what the model takes.
+        """
+        source = self._source()
+        if source is not None and source.generation != self._generation:
+            raise RuntimeError(
+                f"PreparedModel: its {type(source).__name__} changed after prepare() "
+                "(train, load_state_dict, to, ...): call refresh()"
+            )
+        graphs = self._graphs
+        with torch.no_grad():
+            if graphs is not None and graphs.takes(x):
+                return graphs.replay(x)
+            y: torch.Tensor = self._snapshot(x)
+            return y
+
+    def refresh(self) -> None:
+        """Take the source's weights, device and dtype as they are now, and capture anew.
+
+        Raises:
+            RuntimeError: the source is gone.
+            ValueError: the source is in training mode or has hooks. The snapshot stays as it was.
+        """
+        source = self._source()
+        if source is None:
+            raise RuntimeError("PreparedModel: the model that it was prepared from is gone")
+        like = next(source.parameters())
+        with self._lock:
+            dtype = like.dtype if self._example.is_floating_point() else self._example.dtype
+            self._prepare(source, like.device, dtype)
+
+    def __repr__(self) -> str:
+        sizes = "" if self._graphs is None else ", ".join(map(str, self._graphs.batch_sizes))
+        how = f"CUDA graphs for batches of {sizes}" if sizes else "no graph"
+        return f"PreparedModel({type(self._snapshot).__name__}, {list(self._example.shape)}, {how})"
+
+
+def _sizes(batch_sizes: Sequence[int] | None, example: torch.Tensor) -> tuple[int, ...]:
+    if batch_sizes is None:
+        return (example.shape[0],) if example.dim() and example.numel() else ()
+    sizes = tuple(batch_sizes) if isinstance(batch_sizes, Sequence) else (batch_sizes,)
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"prepare: batch_sizes must be positive integers; got {batch_sizes!r}")
+    return sizes

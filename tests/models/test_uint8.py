@@ -1,0 +1,113 @@
+"""Images as decoders give them: 8-bit channels, in either layout."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fastvr
+from fastvr.testing import assert_parity, truth_model
+
+KINDS = ["vit", "basic", "bottleneck"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pixels(n: int = 2, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def normalized(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((x.double() / 255 - mean) / std).to(dtype)
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_normalising_first(kind, dtype, mode, tiny, device) -> None:
+    model = tiny(kind).to(device, dtype).normalize_images(MEAN, STD)
+    x = pixels().to(device)
+    with torch.no_grad():
+        with fastvr.use_backend("reference"):
+            eager, exact = (
+                model(normalized(x, dtype)),
+                truth_model(model)(normalized(x, torch.float64)),
+            )
+        with fastvr.use_backend(mode):
+            prepared = fastvr.prepare(model, x)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                given = x.contiguous(memory_format=layout)
+                assert_parity(model(given), eager, exact)
+                assert_parity(prepared(given), eager, exact)
+
+
+def test_one_number_for_every_channel(tiny) -> None:
+    x = pixels()
+    with torch.no_grad():
+        one = tiny("vit").normalize_images(0.5, 0.25)(x)
+        each = tiny("vit").normalize_images([0.5] * 3, [0.25] * 3)(x)
+    assert torch.equal(one, each)
+
+
+def test_floating_images_are_taken_as_they_are(tiny, images) -> None:
+    model = tiny("vit")
+    with torch.no_grad():
+        before = model(images())
+        assert torch.equal(model.normalize_images(MEAN, STD)(images()), before)
+
+
+def test_the_numbers_keep_their_digits_and_stay_out_of_the_state(tiny) -> None:
+    model = tiny("basic")
+    keys = set(model.state_dict())
+    model.normalize_images(MEAN, STD).bfloat16()
+    mean, std = model.image_moments(pixels(), torch.bfloat16)
+    assert mean is not None
+    assert std is not None
+    assert mean.tolist() == torch.tensor(MEAN).tolist()
+    assert std.tolist() == torch.tensor(STD).tolist()
+    assert set(model.state_dict()) == keys
+    assert copy.deepcopy(model).image_moments(pixels(), torch.float64)[0].tolist() == list(MEAN)
+
+
+def test_a_prepared_model_goes_stale(tiny) -> None:
+    model = tiny("vit").normalize_images(MEAN, STD)
+    prepared = fastvr.prepare(model, pixels())
+    before = prepared(pixels())
+    model.normalize_images(0.5, 0.5)
+    with pytest.raises(RuntimeError, match="refresh"):
+        prepared(pixels())
+    prepared.refresh()
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(pixels()), model(pixels()))
+    assert not torch.equal(prepared(pixels()), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_weights(kind, tiny) -> None:
+    model, grads = tiny(kind).normalize_images(MEAN, STD), []
+    upstream = torch.randn(2, 10, dtype=torch.float64)
+    for mode, dtype in (("triton", None), ("reference", torch.float32), ("reference", torch.float64)):
+        twin = copy.deepcopy(model).to(dtype)
+        with fastvr.use_backend(mode):
+            y = twin(pixels() if dtype is None else normalized(pixels(), dtype))
+            y.backward(upstream.to(y.dtype))
+        grads.append([p.grad for p in twin.parameters()])
+    assert_parity(*grads, kind="gradient", sample_dim=None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input(kind, tiny) -> None:
+    model = tiny(kind)
+    with pytest.raises(ValueError, match=r"uint8 after normalize_images\(mean, std\); got torch\.uint8"):
+        model(pixels())
+    for arguments in [((0.5, 0.5), 0.5), (float("nan"), 0.5), ("0.5", 0.5)]:
+        with pytest.raises(ValueError, match="mean must be one number, or one for each of 3 channels"):
+            model.normalize_images(*arguments)
+    for std in (0.0, (0.5, 0.5, -1.0)):
+        with pytest.raises(ValueError, match="std must be one positive number"):
+            model.normalize_images(0.5, std)
+    with pytest.raises(ValueError, match="x must be floating"):
+        model.normalize_images(0.5, 0.5)(pixels().to(torch.int32))
