@@ -1,21 +1,43 @@
-"""oneDNN's fused operators of PyTorch: what ``prepare`` may choose on a CPU in place of PyTorch's own chain.
+"""PyTorch's fused oneDNN operators: what ``prepare`` may choose on a CPU in place of a chain of eager ones.
 
-They pay where weights were laid out for them once. A packed weight is an opaque tensor of the same shape and
-dtype (``is_mkldnn``) that stands where the dense one stood, so nothing is kept twice; for whatever these
-operators do not do it is unpacked again (:func:`dense`). TorchInductor calls the same operators.
+They pay where a weight was laid out for them once. That layout hangs on the weight itself (:func:`keep`), so
+it lives as long as the weight does, and a copy in another dtype (autocast's, say) does not have it.
+TorchInductor calls the same operators.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from fastvr.reference.linear import activate
+from fastvr.reference.linear import GELU, activate
 
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+_KEPT = "_fastvr_packed"
+
+_packer: contextvars.ContextVar[Callable[[str, tuple[Any, ...]], None] | None] = contextvars.ContextVar(
+    "fastvr_packer", default=None
+)
+
+
+def packer() -> Callable[[str, tuple[Any, ...]], None] | None:
+    """Who packs weights as ops meet them, called with an op's name and arguments, or None."""
+    return _packer.get()
+
+
+@contextlib.contextmanager
+def packing(pack: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Inside, ``pack`` sees the arguments of every op that has a vendor's call, before the op runs."""
+    token = _packer.set(pack)
+    try:
+        yield
+    finally:
+        _packer.reset(token)
 
 
 @functools.cache
@@ -32,7 +54,7 @@ def missing() -> str | None:
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in ``dtype`` on this CPU without emulating it."""
-    if missing() is not None or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if missing() is not None or not torch.backends.mkldnn.enabled:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -52,56 +74,75 @@ def _relu_keeps_nan() -> bool:
     return bool(mapped.isnan().all()) and bool(rows.isnan().all())
 
 
-def packed(args: Sequence[Any]) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.is_mkldnn for a in args)
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A weight as oneDNN reads it. Where ``scale`` was multiplied into it, ``bias`` is its ``shift``.
+
+    ``gelu``: whether oneDNN's GELU is to be fused; with AVX2 alone it is slower than PyTorch's own pass.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    gelu: bool = True
 
 
-def dense(args: Sequence[Any]) -> tuple[Any, ...]:
-    """``args`` with packed weights unpacked, exactly."""
-    return tuple(a.to_dense() if isinstance(a, torch.Tensor) and a.is_mkldnn else a for a in args)
+def keep(weight: torch.Tensor, packed: Packed) -> None:
+    """Let the vendor's call compute with ``packed`` wherever an op meets ``weight``; nobody writes to it."""
+    weight.__dict__[_KEPT] = packed
 
 
-def pack_linear(weight: torch.Tensor, rows: int) -> torch.Tensor:
+def kept(weight: torch.Tensor) -> Packed | None:
+    found: Packed | None = weight.__dict__.get(_KEPT)
+    return found
+
+
+def pack_linear(weight: torch.Tensor, rows: int) -> Packed:
     """``weight`` [out_features, in_features] laid out for about ``rows`` rows; any number may come."""
-    result: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-    return result
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows))
 
 
 def pack_convolution(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
     size: Sequence[int],
-) -> torch.Tensor:
+) -> Packed:
     """``scale`` [O] times ``weight`` [O, C / groups, kh, kw], laid out for an x of ``size``; any may come."""
     weight = weight.detach()
     if scale is not None:
         # one rounding of the product, whatever the two dtypes
         weight = (weight.double() * scale.double()[:, None, None, None]).to(weight.dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    result: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, list(padding), list(stride), [1, 1], groups, list(size)
+    layout = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.contiguous(memory_format=torch.channels_last),
+        list(padding),
+        list(stride),
+        [1, 1],
+        groups,
+        list(size),
     )
-    return result
+    return Packed(layout, None if shift is None else shift.to(weight.dtype), scale, shift)
 
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    packed: Packed,
     bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
     residual: torch.Tensor | None,
     act: str,
 ) -> torch.Tensor:
     """``residual + gamma * act(x @ weight.T + bias)`` for a packed ``weight``; arguments as the op's."""
-    ops = torch.ops.mkldnn
+    ops, weight = torch.ops.mkldnn, packed.weight
     if act == "none" and gamma is None and residual is not None and residual.dtype == x.dtype:
         y: torch.Tensor = ops._linear_pointwise.binary(x, residual, weight, bias, "add")
         return y
-    if act in _GELU:
-        y = ops._linear_pointwise(x, weight, bias, "gelu", [], _GELU[act])
+    if act in GELU and packed.gelu:
+        y = ops._linear_pointwise(x, weight, bias, "gelu", [], GELU[act])
     elif act == "relu" and _relu_keeps_nan():
         y = ops._linear_pointwise(x, weight, bias, "relu", [], "")
     else:
@@ -113,16 +154,15 @@ def linear(
 
 def conv_bn_relu(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    packed: Packed,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
     act: str,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``act(conv(x) + bias + residual)`` for a packed ``weight``, channels_last."""
-    ops = torch.ops.mkldnn
+    """``act(conv(x) * scale + shift + residual)`` for a packed weight, channels_last."""
+    ops, weight, bias = torch.ops.mkldnn, packed.weight, packed.bias
     where = (list(padding), list(stride), [1, 1], groups)
     fused = act if act == "relu" and _relu_keeps_nan() else "none"
     if residual is not None and residual.dtype == x.dtype:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
+from fastvr.ops import _mkldnn
 
 _Arguments = TypeVar("_Arguments")
 _Result = TypeVar("_Result")
@@ -59,6 +60,8 @@ class Op(Generic[_Result]):
         cost: FLOPs and bytes.
         parts: for an op that fuses others: the same by their public functions, each of which chooses for
             itself, taking the schema's arguments one by one. What runs where the kernel does not.
+        vendor: on a CPU, the vendor's fused call with weights that ``prepare`` packed for it; None where it
+            does not apply. Counts itself (:func:`fastvr.backend.ran`).
         returns: of the schema; more than one tensor takes ``differentiable=False``.
         differentiable: False for an op that only inference uses. It has no ``<name>_backward``, and refuses
             tensors that need a gradient.
@@ -79,6 +82,7 @@ class Op(Generic[_Result]):
         measured: Callable[[_Arguments], str],
         cost: Callable[[_Arguments], Cost],
         parts: Callable[..., _Result] | None = None,
+        vendor: Callable[[_Arguments], _Result | None] | None = None,
         returns: str = "Tensor",
         differentiable: bool = True,
     ) -> None:
@@ -92,6 +96,7 @@ class Op(Generic[_Result]):
         self.measured = spread(measured)
         self.cost = spread(cost)
         self.parts = parts
+        self.vendor = None if vendor is None else spread(vendor)
         self.differentiable = differentiable
         _library.define(f"{name}({parameters}) -> {returns}")
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
@@ -130,6 +135,10 @@ class Op(Generic[_Result]):
             if self.parts is not None:
                 return self.parts(*args)
             return self._operator(args) if possible else self.reference(*args)
+        if self.vendor is not None and device.type == "cpu" and not possible:
+            result = self._vendor(args)
+            if result is not None:
+                return result
         fused = self.parts is None or (possible and self._kernel_fits(args, device))
         if self.parts is not None and not fused and backend.current_backend() != "reference":
             return self.parts(*args)
@@ -145,6 +154,15 @@ class Op(Generic[_Result]):
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
+
+    def _vendor(self, args: tuple[Any, ...]) -> _Result | None:
+        """What the vendor's fused call gives, which has no gradient; None where it does not apply."""
+        if backend.current_backend() != "auto" or (torch.is_grad_enabled() and _any_requires_grad(args)):
+            return None
+        if (pack := _mkldnn.packer()) is not None:
+            pack(self.name, args)
+        assert self.vendor is not None
+        return self.vendor(*args)
 
     def _kernel_fits(self, args: tuple[Any, ...], device: torch.device) -> bool:
         """Whether the fused kernel is the one to run; its parts say themselves what is wrong with them."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fastvr.models._model import Model
+from fastvr.prepare.cpu import pack_weights
 from fastvr.prepare.graphs import Graphs
 from fastvr.prepare.snapshot import snapshot_of
 
@@ -71,6 +72,8 @@ class PreparedModel:
             example = torch.zeros_like(self._example, device=device, dtype=dtype)
             # a wrong example ends here, before anything is kept
             snapshot(example)
+            if device.type == "cpu":
+                pack_weights(snapshot, example)
             wanted = device.type == "cuda" and self._batch_sizes
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation

@@ -1,0 +1,162 @@
+"""What ``prepare`` does on a CPU: weights laid out for oneDNN's fused calls where those are faster here.
+
+Whether they are depends on the CPU more than on anything else: on an AMD CPU with AVX-512 oneDNN's matrix
+product was seen to be more than twice as fast as the one that ``F.linear`` calls, on one with AVX2 alone a
+sixth slower. So each shape is measured, once, in a forward pass while the model is prepared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastvr import backend
+from fastvr.ops import _mkldnn, conv_bn_relu, linear
+from fastvr.ops._op import Op
+from fastvr.reference.image import normalize
+from fastvr.reference.linear import GELU
+from fastvr.testing import GELU_TAIL, measure_parity
+
+logger = logging.getLogger("fastvr")
+
+# of one call: rounds at least and at most, and the time after which no new one begins
+_LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
+
+
+def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
+    """Lay out the weights of ``model`` on a CPU where the vendor's fused call is the faster one.
+
+    Runs the model once on random images like ``example`` and measures the call against PyTorch's own
+    operators for each shape, dtype and epilogue that comes up. A call that breaks the parity rule does not
+    win. Nothing happens where the mode is not "auto", without oneDNN, or in a dtype that it would emulate.
+
+    A weight that was laid out is kept beside the dense one, which every other way to run the model reads.
+    """
+    weights = {id(p): p for p in model.parameters()}
+    dtypes = {p.dtype for p in weights.values()}
+    if backend.current_backend() != "auto" or not example.numel() or not all(map(_mkldnn.supports, dtypes)):
+        return
+    generator = torch.Generator().manual_seed(0)
+    if example.is_floating_point():
+        images = torch.randn(example.shape, generator=generator).to(example.dtype)
+    else:
+        images = torch.randint(0, 256, example.shape, generator=generator, dtype=example.dtype)
+    layout = torch.channels_last if _channels_last(example) else torch.contiguous_format
+    with _mkldnn.packing(_Packer(weights)), torch.no_grad():
+        model(images.contiguous(memory_format=layout))
+
+
+def _channels_last(example: torch.Tensor) -> bool:
+    return example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
+
+
+class _Packer:
+    """Packs the weights that it owns, as ops meet them, by what it measured for their shapes."""
+
+    def __init__(self, weights: dict[int, nn.Parameter]) -> None:
+        self._weights = weights
+        # by call, which of its candidates is the fastest that holds the parity rule; None is PyTorch itself
+        self._fastest: dict[Hashable, int | None] = {}
+
+    def __call__(self, op: str, args: tuple[Any, ...]) -> None:
+        if op == "linear":
+            self._linear(linear.Arguments(*args))
+        elif op == "conv_bn_relu":
+            self._convolution(conv_bn_relu.Arguments(*args))
+
+    def _wanted(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        owned = id(weight) in self._weights and _mkldnn.kept(weight) is None
+        return owned and x.numel() > 0 and weight.numel() > 0
+
+    def _linear(self, a: linear.Arguments) -> None:
+        if not self._wanted(a.x, a.weight):
+            return
+        packed = _mkldnn.pack_linear(a.weight, a.x.numel() // a.x.shape[-1])
+        candidates = [packed]
+        if a.act in GELU:
+            candidates.append(dataclasses.replace(packed, gelu=False))
+        floor: float | torch.Tensor = GELU_TAIL if a.act == "gelu" else 0.0
+        if a.gamma is not None:
+            floor = floor * a.gamma.abs().double()
+        self._keep_fastest(
+            linear.LINEAR, a, candidates, lambda b, packed: _mkldnn.linear(b[0], packed, *b[2:]), floor
+        )
+
+    def _convolution(self, a: conv_bn_relu.Arguments) -> None:
+        if not self._wanted(a.x, a.weight) or a.running_mean is not None:
+            return
+        geometry = a.stride, a.padding, a.groups
+        packed = _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        self._keep_fastest(conv_bn_relu.CONV_BN_RELU, a, [packed], _convolve, 0.0)
+
+    def _keep_fastest(
+        self,
+        op: Op[torch.Tensor],
+        a: Any,
+        candidates: list[_mkldnn.Packed],
+        run: Callable[[Any, _mkldnn.Packed], torch.Tensor],
+        floor: float | torch.Tensor,
+    ) -> None:
+        key = (op.name, *(_kind(value) for value in a))
+        if key not in self._fastest:
+            right = [i for i, c in enumerate(candidates) if _holds_parity(op, a, run, c, floor)]
+            calls = [functools.partial(op.reference, *a)]
+            calls += [functools.partial(run, a, candidates[i]) for i in right]
+            self._fastest[key] = [None, *right][_fastest(calls)]
+        chosen = self._fastest[key]
+        logger.debug("prepare: %s runs in %s", key, "PyTorch" if chosen is None else "oneDNN")
+        if chosen is not None:
+            _mkldnn.keep(a.weight, candidates[chosen])
+
+
+def _convolve(a: conv_bn_relu.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
+    x = normalize(a.x, a.mean, a.std, a.weight.dtype)
+    return _mkldnn.conv_bn_relu(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
+
+
+def _kind(value: object) -> Hashable:
+    """What of an argument decides how fast a call is."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.stride()
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _holds_parity(
+    op: Op[torch.Tensor],
+    a: Any,
+    run: Callable[[Any, _mkldnn.Packed], torch.Tensor],
+    packed: _mkldnn.Packed,
+    floor: float | torch.Tensor,
+) -> bool:
+    """Whether the first sample comes out within the parity rule; float64 would take long for all of them."""
+    first = a._replace(x=a.x[:1], residual=None if a.residual is None else a.residual[:1])
+    exact = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in first]
+    report = measure_parity(
+        run(first, packed), op.reference(*first), op.reference(*exact), absolute_floor=floor
+    )
+    if not report.passed:
+        logger.info("prepare: oneDNN's %s is not used: %s", op.name, report.verdict)
+    return report.passed
+
+
+def _fastest(calls: Sequence[Callable[[], object]]) -> int:
+    """The index of the call whose fastest run is the shortest."""
+    for call in calls:
+        call()
+    best, end = [math.inf] * len(calls), time.perf_counter() + _SECONDS
+    for done in range(_ROUNDS):
+        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
+            break
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best.index(min(best))
