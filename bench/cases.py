@@ -98,7 +98,14 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             out=o, stride=stride, height=size, width=size,
         )  # fmt: skip
 
-    convs, duals = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], []
+    def block(op: str, width: int, o: int, size: int, **rest: Any) -> Case:
+        first = f" /{rest['stride']} {rest['source']}" if "source" in rest else " +res"
+        return Case.of(
+            op, f"{width}->{o} {size}px{first}", batch=batch, planes=width, out=o, height=size, width=size,
+            **{"stride": 1, "residual": "source" not in rest} | rest,
+        )  # fmt: skip
+
+    convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -113,10 +120,16 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         if stride == 2:
             convs.append(conv(width, width, 3, inner))
         duals.append(dual(width, channels, wide, inner, stride=stride))
+        if width <= 128:
+            blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
     return {
         "conv_bn_relu": convs,
         "dual_conv_bn_relu": duals,
+        "bottleneck": [block("bottleneck", *sizes, **rest) for *sizes, rest in blocks],
+        "bottleneck_chain": [
+            block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
+        ],
         "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
         "avg_pool_linear": [
             Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
@@ -170,6 +183,17 @@ SMALL: dict[str, list[Case]] = {
     "dual_conv_bn_relu": [
         Case.of(
             "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
+            height=7, width=7,
+        ),
+    ],
+    "bottleneck": [
+        Case.of(
+            "bottleneck", "/2", batch=2, planes=32, out=128, stride=2, source=64, height=7, width=7,
+        ),
+    ],
+    "bottleneck_chain": [
+        Case.of(
+            "bottleneck_chain", "+res", batch=2, planes=64, out=128, stride=1, residual=True, following=64,
             height=7, width=7,
         ),
     ],
@@ -249,6 +273,17 @@ _KINDS: _Kinds = {
             (128, 1, 31, 1, {}),
         )
     ],
+    "bottleneck": [
+        {"planes": 64, "out": 256, "stride": 1, "residual": True},
+        {"planes": 64, "out": 64, "stride": 2, "source": 64},
+        {"planes": 16, "out": 192, "stride": 1},
+        {"planes": 128, "out": 128, "stride": 2, "source": 256},
+    ],
+    "bottleneck_chain": [
+        {"planes": 64, "out": 256, "stride": 1, "residual": True, "following": 128},
+        {"planes": 32, "out": 64, "stride": 2, "source": 64, "following": 32},
+        {"planes": 128, "out": 128, "stride": 1, "following": 128},
+    ],
     "max_pool": [{}],
     "avg_pool_linear": [{}, {"bias": False}],
 }  # fmt: skip
@@ -282,7 +317,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif op in ("conv_bn_relu", "dual_conv_bn_relu"):
+    elif "conv_bn_relu" in op or "bottleneck" in op:
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op == "max_pool":
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}

@@ -35,14 +35,14 @@ def fresh_table(session: Session) -> Iterator[None]:
     previous = os.environ.get("FASTVR_TUNING_TABLE")
     if path.exists():
         os.environ["FASTVR_TUNING_TABLE"] = str(path)
-    tuning._table.cache_clear()
+    tuning.reload()
     try:
         yield
     finally:
         os.environ.pop("FASTVR_TUNING_TABLE", None)
         if previous is not None:
             os.environ["FASTVR_TUNING_TABLE"] = previous
-        tuning._table.cache_clear()
+        tuning.reload()
 
 
 @contextlib.contextmanager

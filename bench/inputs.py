@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from cases import Case
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
 from fastvr.reference.linear_stats import row_stats
-from fastvr.testing import GELU_TAIL
+from fastvr.tuner.calls import SchemaCalls, on_meta
+from fastvr.tuner.gate import absolute_floor as _absolute_floor
 
-_MODULES = {"attention_kv": "attention", "max_pool": "pool", "avg_pool_linear": "pool"}
+_MODULES = {
+    "attention_kv": "attention",
+    "bottleneck_chain": "bottleneck",
+    "max_pool": "pool",
+    "avg_pool_linear": "pool",
+}
 
 
 def module(op: str) -> str:
@@ -199,6 +204,35 @@ def _dual_conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.ops.bottleneck import Shortcut
+
+    batch, planes, out, stride = (case[name] for name in ("batch", "planes", "out", "stride"))
+    height, width = case["height"], case["width"]
+    window = make.normal(planes, planes, 3, 3, scale=(2 / (9 * planes)) ** 0.5)
+    arguments: dict[str, Any] = {
+        "x": make.image(batch, planes, height * stride, width * stride),
+        "weight2": window.to(memory_format=torch.channels_last),
+        "bn2": _norm(make, planes),
+        "weight3": make.normal(out, planes, 1, 1, scale=planes**-0.5),
+        "bn3": _norm(make, out),
+        "stride": stride,
+    }
+    if case.get("residual"):
+        arguments["residual"] = make.image(batch, out, height, width)
+    if source := case.get("source"):
+        arguments["shortcut"] = Shortcut(
+            make.image(batch, source, height * stride, width * stride),
+            make.normal(out, source, 1, 1, scale=source**-0.5),
+            _norm(make, out),
+            stride,
+        )
+    if following := case.get("following"):
+        arguments["weight1"] = make.normal(following, out, 1, 1, scale=out**-0.5)
+        arguments["bn1"] = _norm(make, following)
+    return arguments
+
+
 def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
     x = make.image(case["batch"], case["channels"], case["height"], case["width"])
     return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
@@ -225,6 +259,8 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
+    "bottleneck": _bottleneck,
+    "bottleneck_chain": _bottleneck,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }
@@ -243,27 +279,9 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def on_meta(arguments: dict[str, Any]) -> dict[str, Any]:
-    meta: dict[str, Any] = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), arguments)
-    return meta
-
-
 def absolute_floor(case: Case) -> float:
     """What the parity rule grants this case's output: GELU's tail has an absolute bound."""
-    return GELU_TAIL if case.op in ("linear", "norm_linear") and case.get("act") == "gelu" else 0.0
-
-
-class SchemaCalls(TorchDispatchMode):
-    """Collects the calls of fastvr's operators with the arguments of their schema."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastvr":
-            self.calls.append((func._schema.name.removeprefix("fastvr::"), args))
-        return func(*args, **(kwargs or {}))
+    return _absolute_floor(case.op, case.get("act"))
 
 
 def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:

@@ -21,6 +21,8 @@ import torch
 from cases import Case
 
 from fastvr import backend, tuning
+from fastvr.tuner import calls
+from fastvr.tuner import sweep as tuner_sweep
 
 Config = tuple[tuple[str, int], ...]
 Forced = tuple[tuple[str, Config], ...]  # (knob, configuration) pairs
@@ -59,9 +61,7 @@ def freeze(config: dict[str, int]) -> Config:
 
 @contextlib.contextmanager
 def forcing(forced: Forced) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for knob, config in forced:
-            stack.enter_context(tuning.force_config(knob, dict(config)))
+    with tuner_sweep.forcing({knob: dict(config) for knob, config in forced}):
         yield
 
 
@@ -102,16 +102,13 @@ def record_job(job: Job) -> list[Launch]:
 @functools.lru_cache(maxsize=4096)
 def consult(case: Case, dtype: str, arch: str) -> tuning.Consulted:
     """What a call of ``case`` asks the tuning table for on ``arch``, and which answers there may be."""
-    from fastvr.ops._op import OPS
-
     arguments = inputs.make(case, getattr(torch, dtype), "meta")
-    schema = inputs.SchemaCalls()
-    with tuning.consulted() as found:
-        record(lambda: inputs.public(case.op)(**arguments), arch)
-        with backend.use_backend("triton"), schema:
-            inputs.public(case.op)(**arguments)
-        for name, args in schema.calls:
-            OPS[name].measured(*args)
+    function = inputs.public(case.op)
+    found = tuning.Consulted()
+    for op, args in calls.schema_calls(lambda: function(**arguments), arch):
+        one = calls.consult(op, args, arch)
+        found.knobs += one.knobs
+        found.choices += one.choices
     return found
 
 

@@ -11,12 +11,13 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import device_times
+
+from fastvr.tuning.table import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,18 +89,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def save_json(path: Path, content: Any) -> None:
     """Write the whole file or leave the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

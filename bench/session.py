@@ -14,6 +14,9 @@ import record
 import torch
 
 from fastvr import backend
+from fastvr.tuner.sweep import describe
+
+__all__ = ["Session", "describe", "samples"]
 
 
 @dataclasses.dataclass
@@ -64,9 +67,3 @@ def samples(op: str, count: int, *, small: bool, seed: int) -> list[cases.Case]:
     """Seeded random cases of ``op``."""
     rng = random.Random(f"{op} {seed}")
     return [cases.random_case(op, rng, small=small) for _ in range(count)]
-
-
-def describe(error: BaseException) -> str:
-    """The first lines of an error, enough to find it by."""
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return "\n".join(lines[:6])[:800]

@@ -131,6 +131,100 @@ def compare(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="vit_base, resnet50, ...")],
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Batch sizes (1,8,64 answer for all up to 256).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Stop after; 600, or 20 with --quick.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The likeliest candidates of what nobody has measured.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what is known.")] = False,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every result to FILE.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="No GPU: a small stand-in of the model, in Triton's interpreter."),
+    ] = False,
+) -> None:
+    """Measure which kernels and configurations run MODEL fastest on this GPU, and remember them.
+
+    Each candidate is held to the parity rule before it may win. Exit status 1 where the GPU failed or the
+    table could not be written, 2 where there is nothing to tune, 130 after Ctrl-C (what was measured stays).
+    """
+    from fastvr import backend, tuning
+    from fastvr.compare import UsageError
+    from fastvr.compare.progress import Reporter
+    from fastvr.compare.settings import DTYPES, check_writable, write_json
+    from fastvr.models.registry import create_model, list_models
+
+    batches = _batches(batch)
+    if dtype not in DTYPES:
+        _fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if budget is not None and not 0 < budget < float("inf"):
+        _fail(f"--budget must be more than 0 seconds; got {budget}")
+    try:
+        check_writable(json)
+        if model not in list_models():
+            create_model(model)  # says which there are
+    except (UsageError, ValueError) as error:
+        _fail(str(error).replace("create_model: name", "MODEL"))
+    _check_tunable(dry_run)
+
+    from fastvr.tuner import QUICK_SECONDS, command
+
+    seconds = budget or (QUICK_SECONDS if quick else 600.0)
+    try:
+        with Reporter().phase(f"Tuning {model}") as step:
+            report = command.run(
+                model,
+                batches=batches,
+                dtype=DTYPES[dtype],
+                budget=seconds,
+                quick=quick,
+                again=again,
+                dry_run=dry_run,
+                progress=step,
+            )
+    except (backend.BackendError, tuning.TableError) as error:
+        _fail(str(error))
+    command.show(report, _console(), dry_run=dry_run)
+    if json is not None:
+        write_json(json, report.as_dict())
+        typer.echo(f"Written to {json}", err=True)
+    raise typer.Exit(130 if report.stopped == "interrupted" else 1 if report.unsaved or report.failed else 0)
+
+
+def _check_tunable(dry_run: bool) -> None:
+    """End here where nothing can be tuned; a dry run goes on in a process with the interpreter on."""
+    import torch
+
+    from fastvr import backend
+
+    if (missing := backend.triton_missing()) is not None:
+        _fail(f"there is nothing to tune: {missing}")
+    if dry_run:
+        if not backend.interpreting():
+            # kernels are made for the interpreter when they are decorated
+            environment = os.environ | {"TRITON_INTERPRET": "1"}
+            os.execve(sys.executable, [sys.executable, "-m", "fastvr", *sys.argv[1:]], environment)
+        from fastvr.testing import interpreter
+
+        interpreter.install()
+        torch.set_num_threads(1)  # the interpreter is one thread of Python
+    elif not torch.cuda.is_available():
+        _fail(
+            "PyTorch sees no GPU, so there is nothing to tune here (fastvr doctor says more; "
+            "--dry-run goes through it all in Triton's interpreter)"
+        )
+    elif (reason := backend.unavailable(torch.device("cuda"))) is not None:
+        _fail(f"there is nothing to tune: {reason}")
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
@@ -166,13 +260,14 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
     facts.add_row("C compiler", found["compiler"] or "none found")
     facts.add_row("kernel cache", f"{cache['path']}, {'writable' if cache['writable'] else 'NOT WRITABLE'}")
     if gpu:
-        entries = found["tuning"]["entries"]
-        facts.add_row(
-            "tuning table",
-            f"{found['tuning']['path']}, {entries} entries" if entries else "none for this GPU",
-        )
+        for index, table in enumerate(found["tuning"]["tables"]):
+            whose = "this GPU" if table["exact"] else f"same architecture: {table['gpu']}"
+            told = Text(f"{table['path']}, {table['entries']} entries ({whose})")
+            facts.add_row("" if index else "tuning tables", told)
+        if not found["tuning"]["tables"]:
+            facts.add_row("tuning tables", "none for this GPU or its architecture")
     else:
-        facts.add_row("tuning table", "not used without a GPU")
+        facts.add_row("tuning tables", "not used without a GPU")
     installed = [f"{name} {version}" for name, version in found["packages"].items() if version]
     facts.add_row("also installed", ", ".join(installed) or "none of " + ", ".join(found["packages"]))
     variables = [f"{name}={value}" for name, value in found["variables"].items()]

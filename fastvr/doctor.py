@@ -17,7 +17,14 @@ import fastvr.models  # noqa: F401  (registers the ops)
 from fastvr import backend, tuning
 from fastvr.ops._op import OPS
 
-VARIABLES = ("FASTVR_BACKEND", "FASTVR_STRICT", "FASTVR_TUNING_TABLE", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+VARIABLES = (
+    "FASTVR_BACKEND",
+    "FASTVR_STRICT",
+    "FASTVR_CACHE_DIR",
+    "FASTVR_TUNING_TABLE",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+)
 _PEERS = ("timm", "torchvision", "scikit-learn", "pillow", "transformers")
 
 
@@ -95,14 +102,25 @@ def _cache() -> dict[str, Any]:
 
 
 def _table(device: torch.device) -> dict[str, Any]:
-    override = os.environ.get("FASTVR_TUNING_TABLE")
+    """``path``: where ``fastvr tune`` writes; ``tables``: those in use, the first asked first; ``entries``:
+    how many shapes were measured on this very GPU. Without a GPU no table is in use."""
     if device.type != "cuda":
-        return {"path": override, "entries": None}
-    gpu = torch.cuda.get_device_name(device)
-    path = (
-        Path(override) if override else tuning.table_path(gpu) if importlib.util.find_spec("triton") else None
-    )
-    return {"path": path and str(path), "entries": len(tuning._table(gpu)) if path else 0}
+        return {"path": None, "tables": [], "entries": None}
+    card = tuning.card(device)
+    try:
+        path: str | None = str(tuning.own_path(card.name))
+    except tuning.TableError:
+        path = None
+    tables = [
+        {
+            "path": str(source.path),
+            "gpu": source.table.gpu,
+            "entries": len(source.table.entries),
+            "exact": source.table.gpu == card.name,
+        }
+        for source in tuning.sources(card)
+    ]
+    return {"path": path, "tables": tables, "entries": len(tuning.measured(card))}
 
 
 # ------------------------------------------------------------------------------ which op runs on what
@@ -142,19 +160,31 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
 
     d, tokens = 768, t(8, 197, 768)
     pixels = t(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    patches = (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d), None, None)
+    # a LayerNorm's statistics, in chunks of 64
+    stats = torch.empty((8 * 197, d // 64, 2), device=device)
     norm = (t(64), t(64), t(64), t(64))
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
+    windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
+    block = (*conv2, *conv3, [1, 1], pixels, *[None] * 6, 1e-5, [1, 1])
     return {
-        "patch_embed": (t(8, 3, 224, 224), t(d, 3, 16, 16), t(d), t(197, d), t(1, d)),
+        "patch_embed": patches,
+        "patch_embed_stats": patches,
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
+        "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
+        "norm_linear": (tokens, stats, t(d, d), torch.empty(d, device=device), t(d), 1e-6, "none"),
         "attention": (t(8, 197, 3 * d), 12, 0.125),
+        "attention_kv": (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
         "dual_conv_bn_relu": (
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5, [1, 1], "relu"),
         ),
+        "bottleneck": block,
+        "bottleneck_chain": (*block, *conv3),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }
@@ -187,10 +217,16 @@ def _advice(found: dict[str, Any], device: torch.device) -> list[str]:
             advice.append("Unset TRITON_INTERPRET: with it no kernel runs on the GPU.")
         if not found["compiler"]:
             advice.append("Install a C compiler (gcc or clang): Triton builds its launcher with it.")
-        if found["tuning"]["entries"] == 0:
+        if not found["unavailable"] and found["tuning"]["entries"] == 0:
+            name, near = found["environment"]["gpu"]["name"], found["tuning"]["tables"]
+            meanwhile = (
+                f"the choices of {near[0]['gpu']} serve"
+                if near
+                else "the vendor's matrix products and convolutions run"
+            )
             advice.append(
-                f"No tuning table for {found['environment']['gpu']['name']}: the vendor's matrix products "
-                "and convolutions run. FASTVR_TUNING_TABLE names a table measured on this GPU."
+                f"Nothing was measured on {name}: {meanwhile}. fastvr tune MODEL measures, and writes "
+                f"{found['tuning']['path'] or 'a table where FASTVR_CACHE_DIR says'}."
             )
     if not found["cache"]["writable"]:
         advice.append(

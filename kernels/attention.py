@@ -148,7 +148,8 @@ def candidate_configs(
     wide = head_dim > 64
     if few:
         if dtype == torch.float32:
-            return [_tile(FEW_QUERIES, 16, 4, 1), _tile(FEW_QUERIES, 16, 2, 1)]
+            # two warps would spill where the inner dimension unrolls past 64
+            return [_tile(FEW_QUERIES, 16, 4, 1)] + [_tile(FEW_QUERIES, 16, 2, 1)] * (not wide)
         return [_tile(FEW_QUERIES, 64, 4, 2), _tile(FEW_QUERIES, 128, 4, 2), _tile(FEW_QUERIES, 32, 2, 3)]
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]

@@ -135,6 +135,37 @@ def swizzle(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def split_range(K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """The part of K that program_id(1) of SPLIT_K sums, in whole blocks: first and stop."""
+    first, stop = 0, K
+    if SPLIT_K > 1:
+        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+        first = tl.program_id(1) * part
+        stop = tl.minimum(first + part, K)
+    return first, stop
+
+
+@triton.jit
+def sum_parts(
+    workspace_ptr,  # [SPLIT_K, M, N] float32
+    offs_m,
+    offs_n,
+    M,
+    N,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What SPLIT_K programs left of a tile, summed in their order."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        rows = workspace_ptr + (offs_m.to(tl.int64) + part * tl.cast(M, tl.int64))[:, None] * N
+        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    return acc
+
+
+@triton.jit
 def normalize(x, mean, std):
     """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element."""
     scale = 1.0 / std.to(tl.float32)

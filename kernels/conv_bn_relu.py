@@ -15,7 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import activate, ceil_div, dot_precision, launch, normalize, swizzle
+from fastvr.kernels.common import (
+    activate,
+    ceil_div,
+    dot_precision,
+    launch,
+    normalize,
+    split_range,
+    sum_parts,
+    swizzle,
+)
+from fastvr.kernels.conv_configs import candidate_configs, default_config
+
+__all__ = ["candidate_configs", "default_config", "launch_conv_bn_relu_fwd", "pixel_rows"]
 
 
 @triton.jit
@@ -62,6 +74,41 @@ def _batch_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, BLOCK:
     return scale, shift
 
 
+@triton.jit
+def finish_pixels(
+    acc,  # [pixels, BLOCK] float32
+    y_rows,  # [pixels] pointers to their channels, and so is residual_rows; None without a residual
+    residual_rows,
+    mask_m,
+    first_o,  # of the group's channels
+    first_n,  # of the block's, in the group
+    GROUP_O,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    stride_rc,
+    eps,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Everything behind the product, for BLOCK channels, and the one rounding."""
+    offs_n = first_n + tl.arange(0, BLOCK)
+    offs_o = first_o + offs_n
+    mask_o = offs_n < GROUP_O
+    scale, shift = _batch_norm(
+        bn_weight_ptr, bn_bias_ptr, running_mean_ptr, running_var_ptr, offs_o, mask_o, eps, BLOCK
+    )
+    acc = acc * scale[None, :] + shift[None, :]
+    mask = mask_m[:, None] & mask_o[None, :]
+    if residual_rows is not None:
+        residual_ptrs = residual_rows[:, None] + offs_o[None, :] * stride_rc
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = y_rows.dtype.element_ty
+    acc = activate(acc, ACT, dtype)
+    tl.store(y_rows[:, None] + offs_o[None, :], acc.to(dtype), mask=mask)
+
+
 # sizes of the image matter to nothing but divisions: one binary for every batch and resolution
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def _conv_bn_relu_fwd_kernel(
@@ -74,7 +121,7 @@ def _conv_bn_relu_fwd_kernel(
     residual_ptr,  # [N, O, OH, OW], any strides, or None
     mean_ptr,  # [C * groups] of uint8 x, or None
     std_ptr,
-    y_ptr,  # [N, O, OH, OW], channels_last
+    y_ptr,  # [N, O, OH, OW], channels_last; with SPLIT_K [SPLIT_K, M, O] float32
     M,  # N * OH * OW
     GROUP_O,  # output channels of a group
     C,  # input channels of a group
@@ -114,6 +161,7 @@ def _conv_bn_relu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr = 1,
 ):
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(GROUP_O, BLOCK_N)
@@ -144,8 +192,9 @@ def _conv_bn_relu_fwd_kernel(
     w_columns = weight_ptr + (first_o + columns) * stride_wo
 
     K = KH * KW * C
+    first, stop = split_range(K, BLOCK_K, SPLIT_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, stop, BLOCK_K):
         offs = start + offs_k
         inside = offs < K
         if KH * KW == 1:
@@ -193,87 +242,68 @@ def _conv_bn_relu_fwd_kernel(
         w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
+    if SPLIT_K > 1:
+        # y is the workspace here, [SPLIT_K, M, O]
+        y_rows = y_ptr + (tl.program_id(1).to(tl.int64) * M + offs_m) * stride_ym + first_o
+        mask = (offs_m < M)[:, None] & (offs_n < GROUP_O)[None, :]
+        tl.store(y_rows[:, None] + offs_n[None, :], acc, mask=mask)
+    else:
+        residual_rows = residual_ptr
+        if residual_ptr is not None:
+            residual_rows = _pixels(
+                residual_ptr, rows, OH, OW, stride_rn, stride_rh, stride_rw, ROWS=RESIDUAL_ROWS
+            )
+        y_rows = y_ptr + rows.to(tl.int64) * stride_ym
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            finish_pixels(
+                left if half == 0 else right, y_rows, residual_rows, offs_m < M, first_o,
+                pid_n * BLOCK_N + half * (BLOCK_N // 2), GROUP_O, bn_weight_ptr, bn_bias_ptr,
+                running_mean_ptr, running_var_ptr, stride_rc, eps, ACT, BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "OH", "OW"])
+def _conv_sum_kernel(
+    workspace_ptr,  # [SPLIT_K, M, O] float32; what follows as above
+    bn_weight_ptr,
+    bn_bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    O,  # noqa: E741
+    OH,
+    OW,
+    stride_rn,
+    stride_rc,
+    stride_rh,
+    stride_rw,
+    stride_ym,
+    eps,
+    ACT: tl.constexpr,
+    RESIDUAL_ROWS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What `_conv_bn_relu_fwd_kernel` does behind its product, for one that was split."""
+    num_n = tl.cdiv(O, COLUMNS)
+    offs_m = tl.program_id(0) // num_n * ROWS + tl.arange(0, ROWS)
+    first_n = tl.program_id(0) % num_n * COLUMNS
+    acc = sum_parts(workspace_ptr, offs_m, first_n + tl.arange(0, COLUMNS), M, O, SPLIT_K, ROWS, COLUMNS)
+    rows = tl.minimum(offs_m, M - 1)
+    residual_rows = residual_ptr
     if residual_ptr is not None:
         residual_rows = _pixels(
             residual_ptr, rows, OH, OW, stride_rn, stride_rh, stride_rw, ROWS=RESIDUAL_ROWS
         )
     y_rows = y_ptr + rows.to(tl.int64) * stride_ym
-    HALF: tl.constexpr = BLOCK_N // 2
-    acc_left, acc_right = _halves(acc, BLOCK_M, BLOCK_N)
-    for half in tl.static_range(2):
-        # not the clamped columns, whose contiguity, and so wide loads and stores, the compiler cannot see
-        offs_n = pid_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
-        offs_o = group.to(tl.int64) * GROUP_O + offs_n
-        mask_o = offs_n < GROUP_O
-        scale, shift = _batch_norm(
-            bn_weight_ptr, bn_bias_ptr, running_mean_ptr, running_var_ptr, offs_o, mask_o, eps, HALF
-        )
-        part = acc_left if half == 0 else acc_right
-        part = part * scale[None, :] + shift[None, :]
-        mask = (offs_m < M)[:, None] & mask_o[None, :]
-        if residual_ptr is not None:
-            residual_ptrs = residual_rows[:, None] + offs_o[None, :] * stride_rc
-            part += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        part = activate(part, ACT, y_ptr.dtype.element_ty)
-        tl.store(y_rows[:, None] + offs_o[None, :], part.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
-    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
-
-
-def candidate_configs(dtype: torch.dtype, arch: str, *, gathered: bool = False) -> list[dict[str, int]]:
-    """Configurations that fit ``arch``, from the largest tile to the thinnest (a late layer at batch 1).
-
-    ``gathered``: operands are loaded element by element, not 16 bytes at a time.
-    """
-    if arch == "interpreter":
-        return [_tile(256, 64, 64, 4, 1), _tile(128, 32, 32, 4, 1), _tile(16, 64, 64, 4, 1)]
-    if dtype == torch.float32:
-        # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers, which short
-        # blocks of K keep from spilling
-        return [_tile(64, 64, 16, 4, 3), _tile(32, 64, 16, 4, 3), _tile(16, 64, 32, 4, 2)]
-    if gathered:
-        # every element has a pointer and a mask of its own: short blocks of K, or they spill
-        return [_tile(128, 64, 32, 8, 2), _tile(64, 64, 32, 4, 2), _tile(16, 64, 32, 4, 2)]
-    if arch.startswith("gfx"):
-        return [
-            _tile(128, 128, 64, 8, 2),
-            _tile(128, 64, 64, 4, 2),
-            _tile(64, 64, 64, 4, 2),
-            _tile(16, 64, 64, 4, 2),
-        ]
-    if arch in ("sm_80", "sm_90", "sm_100"):
-        return [
-            _tile(128, 128, 64, 8, 3),
-            _tile(128, 64, 64, 4, 3),
-            # ptxas spills the one of 4 warps on sm_100, a few registers to reach a fourth CTA
-            _tile(64, 64, 64, 8 if arch == "sm_100" else 4, 3),
-            _tile(16, 64, 64, 4, 4),
-        ]
-    # 100 KB of shared memory an SM: shorter blocks of K, so that two programs fit
-    return [
-        _tile(128, 128, 32, 8, 3),
-        _tile(128, 64, 32, 4, 3),
-        _tile(64, 64, 64, 4, 2),
-        _tile(16, 64, 64, 4, 3),
-    ]
-
-
-def default_config(
-    m: int, n: int, dtype: torch.dtype, arch: str, *, gathered: bool = False
-) -> dict[str, int]:
-    """For ``m`` output pixels and ``n`` channels of a group: the largest tile that is not mostly padding and
-    still makes two waves of programs on a large GPU; a thin one for few pixels."""
-    tiles = candidate_configs(dtype, arch, gathered=gathered)
-    if m <= 64:
-        return tiles[-1]
-    for tile in tiles[:-1]:
-        padding = tile["BLOCK_N"] >= 2 * n and tile is not tiles[-2]
-        if not padding and -(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]) >= 256:
-            return tile
-    return tiles[-2]
+    finish_pixels(
+        acc, y_rows, residual_rows, offs_m < M, 0, first_n, O, bn_weight_ptr, bn_bias_ptr, running_mean_ptr,
+        running_var_ptr, stride_rc, eps, ACT, COLUMNS,
+    )  # fmt: skip
 
 
 def pixel_rows(t: torch.Tensor) -> bool:
@@ -284,70 +314,94 @@ def pixel_rows(t: torch.Tensor) -> bool:
     return (h == 1 or sh == w * sw) and sn == h * w * sw
 
 
-def launch_conv_bn_relu_fwd(
+def epilogue_arguments(
     *,
-    x: torch.Tensor,  # [N, C, H, W], any strides
-    weight: torch.Tensor,  # [O, C / groups, KH, KW], any strides
     bn_weight: torch.Tensor | None,
     bn_bias: torch.Tensor | None,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
-    residual: torch.Tensor | None,  # [N, O, OH, OW], any strides
-    mean: torch.Tensor | None,  # [C] of uint8 x
-    std: torch.Tensor | None,
-    y: torch.Tensor,  # [N, O, OH, OW], channels_last
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    groups: int,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
     act: str,
     eps: float,
-    config: dict[str, int],
-) -> None:
-    N, _, H, W = x.shape
-    OH, OW = y.shape[2:]
-    O, C, KH, KW = weight.shape  # noqa: E741
-    M = N * OH * OW
-    group_o = O // groups
-    point = KH == KW == 1
-    padded = padding[0] > 0 or padding[1] > 0
-    grid = (groups * ceil_div(M, config["BLOCK_M"]) * ceil_div(group_o, config["BLOCK_N"]),)
+) -> dict[str, Any]:
+    """What a kernel hands to `finish_pixels`, and `_pixels` of the residual."""
     residual_strides = (0, 0, 0, 0) if residual is None else residual.stride()
-    arguments: dict[str, Any] = {
-        "x_ptr": x,
-        "weight_ptr": weight,
+    return {
         "bn_weight_ptr": bn_weight,
         "bn_bias_ptr": bn_bias,
         "running_mean_ptr": running_mean,
         "running_var_ptr": running_var,
         "residual_ptr": residual,
+        "y_ptr": y,
+        "OH": y.shape[2],
+        "OW": y.shape[3],
+        **{f"stride_r{d}": s for d, s in zip("nchw", residual_strides, strict=True)},
+        "stride_ym": y.shape[1],
+        "eps": eps,
+        "ACT": act,
+        "RESIDUAL_ROWS": residual is not None and pixel_rows(residual),
+    }
+
+
+# The launch behind a split product has little to do: small tiles make many programs
+_SUM = {"ROWS": 8, "COLUMNS": 64, "num_warps": 4}
+
+
+def launch_conv_bn_relu_fwd(
+    *,
+    x: torch.Tensor,  # [N, C, H, W], any strides
+    weight: torch.Tensor,  # [O, C / groups, KH, KW], any strides
+    mean: torch.Tensor | None,  # [C] of uint8 x
+    std: torch.Tensor | None,
+    y: torch.Tensor,  # [N, O, OH, OW], channels_last
+    workspace: torch.Tensor | None = None,  # [SPLIT_K, N * OH * OW, O] float32, where config has SPLIT_K
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+    config: dict[str, int],
+    **epilogue: Any,  # of `epilogue_arguments`
+) -> None:
+    N, _, H, W = x.shape
+    O, C, KH, KW = weight.shape  # noqa: E741
+    M = N * y.shape[2] * y.shape[3]
+    group_o = O // groups
+    point = KH == KW == 1
+    padded = padding[0] > 0 or padding[1] > 0
+    split = config.get("SPLIT_K", 1)
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "weight_ptr": weight,
         "mean_ptr": mean,
         "std_ptr": std,
-        "y_ptr": y,
         "M": M,
         "GROUP_O": group_o,
         "C": C,
         "H": H,
         "W": W,
-        "OH": OH,
-        "OW": OW,
         **{f"stride_x{d}": s for d, s in zip("nchw", x.stride(), strict=True)},
         **{f"stride_w{d}": s for d, s in zip("ochw", weight.stride(), strict=True)},
-        **{f"stride_r{d}": s for d, s in zip("nchw", residual_strides, strict=True)},
-        "stride_ym": O,
         "stride_h": stride[0],
         "stride_w": stride[1],
         "pad_h": padding[0],
         "pad_w": padding[1],
-        "eps": eps,
-        "ACT": act,
         "PRECISION": dot_precision(weight.dtype, convolution=True),
         "KH": KH,
         "KW": KW,
         "CHANNELS": 0 if point else C,
         "PADDED": padded,
         "X_ROWS": point and stride == (1, 1) and not padded and pixel_rows(x),
-        "RESIDUAL_ROWS": residual is not None and pixel_rows(residual),
         "FLAT_K": not point and C % config["BLOCK_K"] != 0,
         "EVEN_K": KH * KW * C % config["BLOCK_K"] == 0,
     }
-    launch(_conv_bn_relu_fwd_kernel, grid, config, **arguments)
+    finish = epilogue_arguments(y=y, **epilogue)
+    grid = (groups * ceil_div(M, config["BLOCK_M"]) * ceil_div(group_o, config["BLOCK_N"]), split)
+    if split == 1:
+        launch(_conv_bn_relu_fwd_kernel, grid, config, **arguments, **finish)
+        return
+    assert workspace is not None
+    nothing: dict[str, Any] = dict.fromkeys(epilogue)
+    plain = epilogue_arguments(y=y, **nothing | {"act": "none", "eps": 0.0})
+    launch(_conv_bn_relu_fwd_kernel, grid, config, **arguments, **plain | {"y_ptr": workspace})
+    programs = ceil_div(M, _SUM["ROWS"]) * ceil_div(O, _SUM["COLUMNS"])
+    launch(_conv_sum_kernel, (programs,), _SUM, workspace_ptr=workspace, M=M, O=O, SPLIT_K=split, **finish)

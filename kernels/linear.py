@@ -33,6 +33,8 @@ from fastvr.kernels.common import (
     launch,
     let_next_launch_begin,
     multiprocessors,
+    split_range,
+    sum_parts,
     swizzle,
     tma_descriptor,
     wait_for_launch_before,
@@ -46,10 +48,20 @@ __all__ = ["candidate_configs", "default_config", "launch_linear_fwd"]
 
 @triton.jit
 def row_scale(
-    row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
+    row_stats_ptr,
+    stride_sm,
+    offs_m,
+    M,
+    K,
+    eps,
+    STATS_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Mean and 1 / deviation of BLOCK_M rows of K elements, from the statistics of their chunks."""
-    mean, m2 = merge_row_stats(row_stats_ptr, offs_m, offs_m < M, K, STATS_CHUNK, CHUNKS, BLOCK_M)
+    mean, m2 = merge_row_stats(
+        row_stats_ptr + offs_m * stride_sm, offs_m < M, K, STATS_CHUNK, CHUNKS, BLOCK_M
+    )
     return mean, tl.rsqrt(m2 / K + eps)
 
 
@@ -146,6 +158,7 @@ def _linear_fwd_kernel(
     stride_wk,
     stride_rm,
     stride_ym,
+    stride_sm,
     eps,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -164,11 +177,7 @@ def _linear_fwd_kernel(
     wait_for_launch_before(PDL)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    first, stop = 0, K
-    if SPLIT_K > 1:
-        part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        first = tl.program_id(1) * part
-        stop = tl.minimum(first + part, K)
+    first, stop = split_range(K, BLOCK_K, SPLIT_K)
     rounds = 1  # a constant, which the compiler sees through
     if PERSISTENT:
         rounds = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0))
@@ -221,7 +230,9 @@ def _linear_fwd_kernel(
             tl.store(rows + offs_n[None, :], acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
         else:
             if colsum_ptr is not None:
-                mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M)
+                mean, rstd = row_scale(
+                    row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M
+                )
             finish_parts(
                 acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
                 y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
@@ -243,6 +254,7 @@ def _linear_sum_kernel(
     K,
     stride_rm,
     stride_ym,
+    stride_sm,
     eps,
     ACT: tl.constexpr,
     STATS_CHUNK: tl.constexpr,
@@ -258,15 +270,11 @@ def _linear_sum_kernel(
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_n = (tl.program_id(0) % num_n) * STATS_CHUNK
     offs_n = first_n + tl.arange(0, STATS_CHUNK)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    acc = tl.zeros((ROWS, STATS_CHUNK), tl.float32)
-    for part in tl.static_range(SPLIT_K):
-        rows = workspace_ptr + (offs_m + part * tl.cast(M, tl.int64))[:, None] * N
-        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    acc = sum_parts(workspace_ptr, offs_m, offs_n, M, N, SPLIT_K, ROWS, STATS_CHUNK)
     mean = tl.zeros((ROWS,), tl.float32)
     rstd = mean
     if colsum_ptr is not None:
-        mean, rstd = row_scale(row_stats_ptr, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
+        mean, rstd = row_scale(row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
         acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
         stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
@@ -286,7 +294,7 @@ def launch_linear_fwd(
     ln_bias: torch.Tensor | None = None,
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,  # [M, N], last dimension contiguous
-    row_stats: torch.Tensor | None = None,  # [M, ceil(K / STATS_CHUNK), 2] float32, contiguous, with colsum
+    row_stats: torch.Tensor | None = None,  # [M, ceil(K / STATS_CHUNK), 2] float32, rows dense, with colsum
     colsum: torch.Tensor | None = None,  # [N] float32
     y: torch.Tensor,  # [M, N], last dimension contiguous
     stats: torch.Tensor | None = None,  # [M, ceil(N / STATS_CHUNK), 2] float32, contiguous
@@ -318,6 +326,7 @@ def launch_linear_fwd(
         "stats_ptr": stats,
         "stride_rm": 0 if residual is None else residual.stride(0),
         "stride_ym": y.stride(0),
+        "stride_sm": 0 if row_stats is None else row_stats.stride(0),
         "ACT": act,
     }
     # of the rows that are normalised, as a power of two
@@ -346,7 +355,8 @@ def launch_linear_fwd(
         launch(_linear_fwd_kernel, grid, config, **arguments, **epilogue, **shared)
         return
     assert workspace is not None
-    nothing = dict.fromkeys(epilogue) | {"y_ptr": workspace, "stride_rm": 0, "stride_ym": N, "ACT": "none"}
+    nothing = dict.fromkeys(epilogue) | {"stride_rm": 0, "stride_ym": N, "stride_sm": 0}
+    nothing |= {"y_ptr": workspace, "ACT": "none"}
     launch(_linear_fwd_kernel, grid, config, **arguments, **nothing, **shared)
     programs = ceil_div(M, _SUM_ROWS) * ceil_div(N, STATS_CHUNK)
     finishing = {"SPLIT_K": split, "ROWS": _SUM_ROWS, "num_warps": 4}

@@ -42,15 +42,13 @@ def row_moments(x_ptrs, row_mask, K, stride_xk, BLOCK_M: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def merge_row_stats(
-    stats_ptr, rows, row_mask, K, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def merge_row_stats(row_ptrs, row_mask, K, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Mean and M2 of BLOCK_M rows of K elements, from the statistics of their chunks (`store_row_stats`);
     CHUNKS is a power of two that holds them all."""
     chunks = tl.cdiv(K, CHUNK)
     # both of a chunk in one load: half as many addresses to hold
     part = tl.arange(0, 2 * CHUNKS)
-    ptrs = stats_ptr + rows[:, None] * (2 * chunks) + part[None, :]
+    ptrs = row_ptrs[:, None] + part[None, :]
     both = tl.load(ptrs, mask=row_mask[:, None] & (part < 2 * chunks)[None, :], other=0.0)
     mean, m2 = tl.split(tl.reshape(both, (BLOCK_M, CHUNKS, 2)))
     size = tl.minimum(tl.maximum(K - tl.arange(0, CHUNKS) * CHUNK, 0), CHUNK).to(tl.float32)[None, :]

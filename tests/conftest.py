@@ -36,6 +36,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
             options.numprocesses = os.cpu_count()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What somebody has tuned on this machine decides no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTVR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FASTVR_TUNING_TABLE", raising=False)
+        yield
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device(DEVICE)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import fastvr
 from fastvr import __main__ as command
-from fastvr import backend, doctor
+from fastvr import backend, cli, doctor, tuner, tuning
 from fastvr.cli import app
 from fastvr.compare import run
 from fastvr.ops._op import OPS
@@ -122,7 +125,7 @@ def test_skipped_files_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_doctor_says_what_runs_and_why() -> None:
     result = fastvr_command("doctor")
     assert result.exit_code == 0
-    for words in ("PyTorch", "Triton", "GPU", "C compiler", "kernel cache", "tuning table", "mode", *OPS):
+    for words in ("PyTorch", "Triton", "GPU", "C compiler", "kernel cache", "tuning tables", "mode", *OPS):
         assert words in result.stdout
 
 
@@ -135,7 +138,8 @@ def test_doctor_as_json() -> None:
 
 def test_every_op_is_asked_with_arguments_that_it_takes() -> None:
     for name, args in doctor._arguments(torch.device("meta"), torch.bfloat16).items():
-        assert OPS[name].overload(*args).device.type == "meta"
+        results = OPS[name].overload(*args)
+        assert {y.device.type for y in (results if isinstance(results, tuple) else (results,))} == {"meta"}
         assert OPS[name].unsupported(*args) is None
 
 
@@ -161,3 +165,152 @@ def test_doctor_sees_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPa
     found = doctor.report()
     assert not found["cache"]["writable"]
     assert any("TRITON_CACHE_DIR" in line for line in found["advice"])
+
+
+# -------------------------------------------------------------------------------------------- tuning
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["vit_bas"], "did you mean 'vit_base'?"),
+        (["nothing"], "MODEL must be one of vit_tiny, vit_small"),
+        (["vit_base", "--batch", "0"], "--batch must be"),
+        (["vit_base", "--dtype", "int8"], "--dtype must be one of"),
+        (["vit_base", "--budget", "0"], "--budget must be more than 0 seconds"),
+        (["vit_base", "--json", "no/such/directory/out.json"], "does not exist"),
+        (["vit_base"], "PyTorch sees no GPU, so there is nothing to tune here"),
+        (["vit_base", "--quick"], "--dry-run goes through it all"),
+    ],
+)
+def test_tune_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, args: list[str], words: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = fastvr_command("tune", *args)
+    assert result.exit_code == 2
+    (error,) = result.stderr.splitlines()
+    assert error.startswith("fastvr: ")
+    assert words in error
+
+
+def test_two_dry_runs_at_once_fill_one_table(tmp_path: Path) -> None:
+    """End to end, in processes of their own that write one file."""
+    pytest.importorskip("triton")
+    root = str(Path(fastvr.__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "FASTVR_CACHE_DIR": str(tmp_path), "COLUMNS": "120"}
+    environment.pop("TRITON_INTERPRET", None)  # the command sees to it
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastvr", "tune", model, "--dry-run", "--batch", "1", "--dtype", dtype],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for model, dtype in (("vit_tiny", "float32"), ("vit_base", "bfloat16"))
+    ]
+    path = tmp_path / "tuning" / "dry-run" / "cpu.json"
+    for process in runs:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert "A dry run" in out
+        assert "candidates were dropped" not in out
+        assert f"Written to {path}" in out
+    entries = tuning.table.read(path, "cpu").entries
+    assert {key.split("|")[1] for key in entries} == {"float32", "bfloat16"}
+    assert {key.split("|")[0] for key in entries} >= {"patch_embed", "attention", "linear"}
+
+
+def _report(**changed: Any) -> tuner.Report:
+    entry = tuning.Entry("triton", {"BLOCK_M": 128}, 0.5, 0.6, 1.0)
+    vendor = tuning.Entry("reference", {"BLOCK_M": 64}, 0.25, 0.5, 0.25, complete=False)
+    report = tuner.Report("NVIDIA H200", Path("table.json"), "device", planned=5, known=1)
+    report.won = [
+        tuner.Won("linear 2x8", 12, "linear|a", entry, 0.75),
+        tuner.Won("attention 2x8", 12, "attention|a", vendor, None),
+    ]
+    report.dropped = [
+        tuner.Dropped("linear 2x8", {"linear": {"BLOCK_M": n}}, f"OutOfResources: {n}\nmore")
+        for n in range(20)
+    ]
+    for name, value in changed.items():
+        setattr(report, name, value)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "words"),
+    [
+        ({}, 0, "Written to table.json"),
+        ({"stopped": "budget"}, 0, "The budget ended first: 2 shapes are left"),
+        ({"stopped": "interrupted"}, 130, "Interrupted: 2 shapes are left"),
+        ({"stopped": "the GPU failed: lost"}, 1, "Stopped: the GPU failed: lost"),
+        ({"unsaved": "the disk is full"}, 1, "NOT SAVED: the disk is full"),
+    ],
+)
+def test_how_tuning_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, Any], status: int, words: str
+) -> None:
+    pytest.importorskip("triton")
+    from fastvr.tuner import command
+
+    asked: dict[str, Any] = {}
+
+    def run(name: str, **options: Any) -> tuner.Report:
+        asked.update(options, name=name)
+        return _report(**changed)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "unavailable", lambda device: None)
+    monkeypatch.setattr(command, "run", run)
+    out = tmp_path / "out.json"
+    result = fastvr_command("tune", "resnet50", "--batch", "8,1", "--json", str(out))
+    assert result.exit_code == status, result.output
+    assert words in result.stdout
+    assert "5 shapes, 1 known before, 2 measured" in result.stdout
+    assert "linear 2x8" in result.stdout
+    assert "2.00x" in result.stdout  # over PyTorch
+    assert "1.50x" in result.stdout  # over the default
+    assert "PyTorch (not all tried)" in result.stdout
+    assert "BLOCK_M=3: OutOfResources: 3" in result.stdout
+    assert "and 8 more" in result.stdout
+    assert (asked["name"], asked["batches"], asked["dtype"], asked["budget"]) == (
+        "resnet50",
+        (1, 8),
+        torch.bfloat16,
+        600.0,
+    )
+    assert len(json.loads(out.read_text())["dropped"]) == 20
+
+
+def test_doctor_names_the_tables_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card = tuning.Card("NVIDIA H100", "sm_90", 132)
+    sibling = tuning.Card("NVIDIA H200", "sm_90", 132)
+    monkeypatch.setenv("FASTVR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "card", lambda device: card)
+
+    def put(which: tuning.Card) -> None:
+        entries = {"linear|bfloat16|m64.n8": tuning.Entry("triton", None, 1.0, None, None)}
+        tuning.table.merge(tuning.own_path(which.name), tuning.Table(which.name, which.architecture, entries))
+        tuning.reload()
+
+    put(sibling)
+    found = doctor._table(torch.device("cuda"))
+    assert found["entries"] == 0
+    assert found["path"] == str(tmp_path / "tuning" / "NVIDIA_H100.json")
+    (table,) = found["tables"]
+    assert (table["gpu"], table["entries"], table["exact"]) == ("NVIDIA H200", 1, False)
+    report: dict[str, Any] = doctor.report() | {"tuning": found, "unavailable": None}
+    report["environment"] |= {"gpu": {"name": card.name, "architecture": "sm_90", "memory": 2**36}}
+    (advice,) = [line for line in doctor._advice(report, torch.device("cuda")) if "fastvr tune" in line]
+    assert "the choices of NVIDIA H200 serve" in advice
+    put(card)
+    found = doctor._table(torch.device("cuda"))
+    assert [table["exact"] for table in found["tables"]] == [True, False]
+    report["tuning"] = found
+    assert not [line for line in doctor._advice(report, torch.device("cuda")) if "fastvr tune" in line]
+    monkeypatch.setattr(cli, "_PIPED_WIDTH", 250)
+    console = cli._console()
+    with console.capture() as shown:
+        cli._show_doctor(report, console)
+    assert "same architecture: NVIDIA H200" in shown.get()
+    tuning.reload()

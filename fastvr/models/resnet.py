@@ -11,7 +11,7 @@ from torch import nn
 from fastvr.models._model import Model, check_image
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.head import classify_map, pool_map
-from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1
+from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, run_stage
 from fastvr.reference.image import normalize
 
 
@@ -94,7 +94,7 @@ class ResNet(Model):
         x = normalize(x, *self.image_moments(x, dtype), dtype)
         x = pool_map(self.maxpool, conv_bn_relu(self.conv1, self.bn1, self.relu, x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = run_stage(stage, x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -240,16 +240,26 @@ class ViT(Model):
         """Names of the parameters that optimisers leave without weight decay."""
         return {"pos_embed", "cls_token", "reg_token"}
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+    def check_image(self, x: torch.Tensor) -> torch.dtype:
+        """Raise a ValueError where ``x`` is no image for this model; the dtype that it is embedded in."""
         embed = self.patch_embed
-        dtype = check_image(self, x, self.img_size, getattr(embed, "proj", embed))
-        x = normalize(x, *self.image_moments(x, dtype), dtype)
-        width = self.embed_dim
-        given = [t.view(-1, width) for t in (self.cls_token, self.reg_token) if t is not None]
+        return check_image(self, x, self.img_size, getattr(embed, "proj", embed))
+
+    def embedding(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(positions [1, tokens, embed_dim], prefix tokens [P, embed_dim] or None), as ``patch_embed`` adds
+        and prepends them."""
+        given = [t.view(-1, self.embed_dim) for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = None if not given else given[0] if len(given) == 1 else torch.cat(given)
         pos_embed: torch.Tensor = self.pos_embed
         if self.no_embed_class and self.num_prefix_tokens:
             pos_embed = F.pad(pos_embed, (0, 0, self.num_prefix_tokens, 0))
+        return pos_embed, prefix
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        embed = self.patch_embed
+        dtype = self.check_image(x)
+        x = normalize(x, *self.image_moments(x, dtype), dtype)
+        pos_embed, prefix = self.embedding()
         if plain(embed, PatchEmbed):
             x = embed.tokens(x, pos_embed, prefix)
         else:

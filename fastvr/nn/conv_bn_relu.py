@@ -98,9 +98,9 @@ def dual_conv_bn_relu(
     if (
         norm is not None
         and norm2 is not None
-        and _pointwise(conv)
+        and pointwise(conv)
         and conv.stride == (1, 1)
-        and _pointwise(conv2)
+        and pointwise(conv2)
         and (relu is None or plain(relu, nn.ReLU))
     ):
         act = "none" if relu is None else "relu"
@@ -147,7 +147,8 @@ def plain_conv(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+def pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether ``conv`` is a plain 1x1 convolution of one group without bias or padding."""
     return (
         plain_conv(conv)
         and conv.bias is None

@@ -45,15 +45,18 @@ class PatchEmbed(nn.Module):
     ) -> torch.Tensor:
         """The tokens with ``prefix_tokens`` [P, D] in front, ``pos_embed`` [1, P + num_patches, D] added."""
         proj = self.proj
-        if plain(proj, nn.Conv2d) and self._patches(proj):
+        if plain(proj, nn.Conv2d) and self.one_launch():
             return patch_embed(x, proj.weight, proj.bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens)
         y: torch.Tensor = proj(x).flatten(2).transpose(1, 2)
         return add_tokens(y, pos_embed, prefix_tokens)
 
-    def _patches(self, proj: nn.Conv2d) -> bool:
+    def one_launch(self) -> bool:
+        """Whether the op computes what ``proj`` does."""
+        proj = self.proj
         # a plain Conv2d that somebody put in place may overlap, dilate or pad
         return (
-            proj.kernel_size == proj.stride == self.patch_size
+            plain(proj, nn.Conv2d)
+            and proj.kernel_size == proj.stride == self.patch_size
             and proj.padding in ((0, 0), "valid")
             and proj.dilation == (1, 1)
             and proj.groups == 1

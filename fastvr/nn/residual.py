@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeGuard
+import itertools
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import nn
 
-from fastvr.nn.conv_bn_relu import conv_bn_relu, dual_conv_bn_relu
+from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, dual_conv_bn_relu, plain_conv, pointwise
 from fastvr.nn.plain import plain
+from fastvr.ops.bottleneck import Shortcut
+from fastvr.ops.bottleneck import bottleneck as bottleneck_op
+from fastvr.ops.bottleneck import bottleneck_chain as bottleneck_chain_op
+from fastvr.ops.conv_bn_relu import BatchNorm
 
 
 class BasicBlock(nn.Module):
@@ -66,16 +71,77 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, H / stride, W / stride]."""
-        y = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
+        return self.finish(conv_bn_relu(self.conv1, self.bn1, self.relu, x), x)[0]
+
+    def finish(
+        self, y: torch.Tensor, x: torch.Tensor, following: Bottleneck | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block's result from what its first convolution made, ``y``, of its input ``x``.
+
+        With it what the first convolution of the block ``following`` makes of the result, where both are one
+        computation, else None.
+        """
+        block = self._fused(y, x)
+        if block is not None:
+            if following is not None and (first := _first(following)) is not None:
+                return bottleneck_chain_op(**block, weight1=first[0], bn1=first[1])
+            return bottleneck_op(**block), None
         y = conv_bn_relu(self.conv2, self.bn2, self.relu, y)
         shortcut = self.downsample
         if shortcut is not None and _conv_and_norm(shortcut):
-            return dual_conv_bn_relu(self.conv3, self.bn3, self.relu, y, shortcut[0], shortcut[1], x)
-        return conv_bn_relu(self.conv3, self.bn3, self.relu, y, residual=_identity(shortcut, x))
+            y = dual_conv_bn_relu(self.conv3, self.bn3, self.relu, y, shortcut[0], shortcut[1], x)
+        else:
+            y = conv_bn_relu(self.conv3, self.bn3, self.relu, y, residual=_identity(shortcut, x))
+        return y, None
+
+    def _fused(self, y: torch.Tensor, x: torch.Tensor) -> dict[str, Any] | None:
+        """The arguments of the bottleneck op, or None where a module in it is not what the op computes."""
+        conv2, conv3 = self.conv2, self.conv3
+        bn2, bn3 = batch_norm(self.bn2), batch_norm(self.bn3)
+        if (
+            bn2 is None
+            or bn3 is None
+            or not (plain(self.relu, nn.ReLU) and plain_conv(conv2) and pointwise(conv3))
+            or conv3.stride != (1, 1)
+            or conv2.bias is not None
+            or conv2.padding != (1, 1)
+            or tuple(conv2.weight.shape) != (conv3.in_channels, conv3.in_channels, 3, 3)
+        ):
+            return None
+        block = {"x": y, "weight2": conv2.weight, "bn2": bn2, "weight3": conv3.weight, "bn3": bn3}
+        block["stride"] = conv2.stride
+        downsample = self.downsample
+        if downsample is not None and _conv_and_norm(downsample):
+            bn = batch_norm(downsample[1])
+            if bn is not None and pointwise(downsample[0]):
+                shortcut = Shortcut(x, downsample[0].weight, bn, downsample[0].stride)
+                return block | {"shortcut": shortcut}
+        return block | {"residual": _identity(downsample, x)}
 
     @property
     def last_norm(self) -> nn.Module:
         return self.bn3
+
+
+def run_stage(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``stage(x)``.
+
+    In inference a bottleneck computes the first convolution of the next one, where nobody observes or
+    replaced either, and hands it on: one launch, whose input is not read back.
+    """
+    if torch.is_grad_enabled() or not plain(stage, nn.Sequential):
+        y: torch.Tensor = stage(x)
+        return y
+    carried: torch.Tensor | None = None
+    for block, following in itertools.pairwise((*stage, None)):
+        if not plain(block, Bottleneck):
+            x, carried = block(x), None
+            continue
+        if carried is None:
+            carried = conv_bn_relu(block.conv1, block.bn1, block.relu, x)
+        after = following if following is not None and plain(following, Bottleneck) else None
+        x, carried = block.finish(carried, x, after)
+    return x
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -97,3 +163,11 @@ def _identity(downsample: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 def _conv_and_norm(downsample: nn.Module) -> TypeGuard[nn.Sequential]:
     return plain(downsample, nn.Sequential) and len(downsample) == 2
+
+
+def _first(block: Bottleneck) -> tuple[torch.Tensor, BatchNorm] | None:
+    """Weight and BatchNorm of the first convolution, where the chain's op computes it."""
+    conv1, bn1 = block.conv1, batch_norm(block.bn1)
+    if bn1 is None or not pointwise(conv1) or conv1.stride != (1, 1) or not plain(block.relu, nn.ReLU):
+        return None
+    return conv1.weight, bn1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -212,6 +213,7 @@ class Arguments(NamedTuple):
 
 def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
+    from fastvr.kernels.conv_boxes import launch_conv_boxes_fwd, takes_boxes
 
     n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     y = backend.empty(
@@ -219,31 +221,49 @@ def _kernel(a: Arguments) -> torch.Tensor:
     )
     if n == 0:
         return y
+    pixels, terms, dtype = n * oh * ow, math.prod(a.weight.shape[1:]), a.weight.dtype
+    stride, padding = (a.stride[0], a.stride[1]), (a.padding[0], a.padding[1])
     arch, scalar = backend.architecture(a.x.device), gathered(a.x, a.weight)
+    # asked only where a configuration wants to know
+    boxes = functools.partial(takes_boxes, a.x, a.weight, stride, a.groups)
     config = tuning.config(
         "conv_bn_relu",
         table_key(a.x, a.weight, a.stride, a.padding, a.groups),
         a.x.device,
-        default=lambda: default_config(n * oh * ow, o // a.groups, a.weight.dtype, arch, gathered=scalar),
-        candidates=lambda: candidate_configs(a.weight.dtype, arch, gathered=scalar),
+        default=lambda: default_config(
+            pixels, o // a.groups, dtype, arch, gathered=scalar, boxes=boxes(), k=terms
+        ),
+        candidates=lambda: candidate_configs(dtype, arch, gathered=scalar, boxes=boxes(), m=pixels),
     )
+    epilogue = {
+        "bn_weight": _check.dense(a.bn_weight),
+        "bn_bias": _check.dense(a.bn_bias),
+        "running_mean": _check.dense(a.running_mean),
+        "running_var": _check.dense(a.running_var),
+        "residual": a.residual,
+        "act": a.act,
+        "eps": a.eps,
+    }
+    if config.get("TMA") and boxes():
+        launch_conv_boxes_fwd(
+            x=a.x, weight=a.weight, y=y, stride=stride, padding=padding, config=config, **epilogue
+        )
+        return y
+    split = config.get("SPLIT_K", 1)
+    size = (split, pixels, o)
     launch_conv_bn_relu_fwd(
         x=a.x,
         weight=a.weight,
-        bn_weight=_check.dense(a.bn_weight),
-        bn_bias=_check.dense(a.bn_bias),
-        running_mean=_check.dense(a.running_mean),
-        running_var=_check.dense(a.running_var),
-        residual=a.residual,
         mean=_check.dense(a.mean),
         std=_check.dense(a.std),
         y=y,
-        stride=(a.stride[0], a.stride[1]),
-        padding=(a.padding[0], a.padding[1]),
+        workspace=backend.empty(size, dtype=torch.float32, device=a.x.device) if split > 1 else None,
+        stride=stride,
+        padding=padding,
         groups=a.groups,
-        act=a.act,
-        eps=a.eps,
-        config=config,
+        # the same tile by pointers where a measured configuration meets operands that descriptors cannot read
+        config={name: value for name, value in config.items() if name != "TMA"},
+        **epilogue,
     )
     return y
 

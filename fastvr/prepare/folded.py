@@ -11,21 +11,25 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastvr import backend, tuning
 from fastvr.models.vit import ViT
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block, LayerScale
 from fastvr.nn.mlp import Mlp, fused_name
 from fastvr.nn.patch_embed import PatchEmbed
-from fastvr.nn.plain import idle, plain, plain_norm
+from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
-from fastvr.ops.linear import linear_stats
+from fastvr.ops.linear import table_key
+from fastvr.ops.linear_stats import linear_stats
 from fastvr.ops.norm_linear import fold_norm, norm_linear
-from fastvr.ops.patch_embed import patch_embed_stats
+from fastvr.ops.patch_embed_stats import patch_embed_stats
 
 
 def foldable(model: nn.Module) -> bool:
     """Whether ``model`` is a ViT that nobody changed, pre-norm, in a 16-bit dtype."""
-    if not plain(model, ViT) or not plain(model.patch_embed, PatchEmbed) or not idle(model.pos_drop):
+    if not plain(model, ViT) or not idle(model.pos_drop):
+        return False
+    if not plain(model.patch_embed, PatchEmbed) or not model.patch_embed.one_launch():
         return False
     dtypes = {p.dtype for p in model.parameters()}
     if len(dtypes) != 1 or dtypes & {torch.float32, torch.float64}:
@@ -55,7 +59,7 @@ class FoldedLinear(nn.Module):
 
     weight: torch.Tensor
     colsum: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, norm: nn.LayerNorm, linear: nn.Linear, act: str = "none") -> None:
         super().__init__()
@@ -67,7 +71,8 @@ class FoldedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, stats: torch.Tensor, outputs: slice = slice(None)) -> torch.Tensor:
         """[..., in_features] to [..., out_features], or to the features that ``outputs`` names."""
-        weight, colsum, bias = self.weight[outputs], self.colsum[outputs], self.bias[outputs]
+        bias = None if self.bias is None else self.bias[outputs]
+        weight, colsum = self.weight[outputs], self.colsum[outputs]
         return norm_linear(x, stats, weight, colsum, bias, eps=self.eps, act=self.act)
 
 
@@ -93,13 +98,13 @@ class FoldedBlock(nn.Module):
         return self._rest(y, x)
 
     def class_token(self, x: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What :meth:`forward` gives for the first token alone, [B, 1, D]."""
-        width = x.shape[-1]
-        first = x[:, :1]
-        q = self.qkv(first, stats[:, :1], slice(0, width))
+        """What :meth:`forward` gives for the first token alone, [B, D]."""
+        tokens, width = x.shape[1:]
+        first = x[:, 0]
+        q = self.qkv(first, stats[::tokens], slice(0, width))
         kv = self.qkv(x, stats, slice(width, None))
-        y = attention_kv(q, kv, self.num_heads, scale=self.scale)
-        return self._rest(y, first)
+        y = attention_kv(q[:, None], kv, self.num_heads, scale=self.scale)
+        return self._rest(y[:, 0], first)
 
     def _rest(self, y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, stats = _add(self.proj, self.ls1, y, x)
@@ -116,14 +121,19 @@ def _add(
 
 
 class FoldedViT(nn.Module):
-    """What a :func:`foldable` ViT computes, [B, in_chans, height, width] to logits."""
+    """What a :func:`foldable` ViT computes, [B, in_chans, height, width] to logits. It takes the
+    model's parts over."""
+
+    pos_embed: torch.Tensor
+    prefix_tokens: torch.Tensor | None
 
     def __init__(self, model: ViT) -> None:
         super().__init__()
-        blocks = list(model.blocks.children())
-        self.blocks = nn.ModuleList(FoldedBlock(block) for block in blocks)  # type: ignore[arg-type]
-        model.blocks = nn.Sequential()
-        self.model = model
+        blocks = [block for block in model.blocks.children() if isinstance(block, Block)]
+        self.blocks = nn.ModuleList(FoldedBlock(block) for block in blocks)
+        pos_embed, prefix = model.embedding()
+        self.register_buffer("pos_embed", pos_embed)
+        self.register_buffer("prefix_tokens", prefix)
         one_launch = (
             model.global_pool == "token"
             and plain_norm(model.norm)
@@ -132,16 +142,53 @@ class FoldedViT(nn.Module):
             and plain(model.head, nn.Linear)
         )
         self.head = FoldedLinear(model.norm, model.head) if one_launch else None  # type: ignore[arg-type]
+        # for what is done once: the check of an image, pooling, a head that is not folded
+        self.model = model
+        model.blocks = nn.Sequential()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         model = self.model
-        y, stats = model.embedded(x, patch_embed_stats)
+        mean, std = model.image_moments(x, model.check_image(x))
+        proj = model.patch_embed.proj
+        x, stats = patch_embed_stats(
+            x,
+            proj.weight,  # type: ignore[arg-type, union-attr]
+            proj.bias,  # type: ignore[arg-type, union-attr]
+            pos_embed=self.pos_embed,
+            prefix_tokens=self.prefix_tokens,
+            mean=mean,
+            std=std,
+        )
         token = model.global_pool == "token"
-        for block in self.blocks[: len(self.blocks) - token]:
-            y, stats = block(y, stats)
+        whole = len(self.blocks) - token
+        for block in self.blocks[:whole]:
+            x, stats = block(x, stats)
         if not token:
-            return model.forward_features_head(y)
-        y, stats = self.blocks[-1].class_token(y, stats)
+            return model.forward_head(layer_norm(model.norm, x))
+        x, stats = self.blocks[whole].class_token(x, stats)  # type: ignore[operator]
         if self.head is not None:
-            return self.head(y, stats)[:, 0]
-        return model.forward_head(model.norm(y))
+            logits: torch.Tensor = self.head(x, stats)
+            return logits
+        return model.forward_head(layer_norm(model.norm, x[:, None]))
+
+
+def folded_if_faster(model: nn.Module, example: torch.Tensor) -> nn.Module:
+    """``model``, or where it pays the same folded: always with the kernels forced, by the table otherwise."""
+    mode = backend.current_backend()
+    if mode == "reference" or not foldable(model) or backend.unavailable(example.device):
+        return model
+    assert isinstance(model, ViT)
+    if mode == "auto" and not _measured_faster(model, example):
+        return model
+    return FoldedViT(model)
+
+
+def _measured_faster(model: ViT, example: torch.Tensor) -> bool:
+    """Whether both folded products of a layer were measured to beat a LayerNorm and the vendor's product."""
+    rows = example.shape[0] * (model.grid_size[0] * model.grid_size[1] + model.num_prefix_tokens)
+    block = next(block for block in model.blocks.children() if isinstance(block, Block))
+    assert isinstance(block.attn, Attention)
+    assert isinstance(block.mlp, Mlp)
+    weights: list[torch.Tensor] = [block.attn.qkv.weight, block.mlp.fc1.weight]  # type: ignore[list-item]
+    keys = [table_key(rows, len(w), w.shape[1], w.dtype, kind="norm_linear") for w in weights]
+    return all(tuning.choice(key, example.device, "reference") == "triton" for key in keys)

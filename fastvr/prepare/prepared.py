@@ -10,6 +10,7 @@ import torch
 
 from fastvr.models._model import Model
 from fastvr.prepare.cpu import pack_weights
+from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
 from fastvr.prepare.snapshot import snapshot_of
 
@@ -59,6 +60,7 @@ class PreparedModel:
         if not isinstance(example, torch.Tensor):
             raise ValueError(f"prepare: example must be a torch.Tensor; got {type(example).__name__}")
         self._source = weakref.ref(model)
+        self._name = type(model).__name__
         self._example = torch.empty_like(example, device="meta")
         self._batch_sizes = _sizes(batch_sizes, example)
         self._lock = threading.Lock()
@@ -68,8 +70,8 @@ class PreparedModel:
         generation = model.generation
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            snapshot = snapshot_of(model)
             example = torch.zeros_like(self._example, device=device, dtype=dtype)
+            snapshot = folded_if_faster(snapshot_of(model), example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
             if device.type == "cpu":
@@ -121,7 +123,7 @@ class PreparedModel:
     def __repr__(self) -> str:
         sizes = "" if self._graphs is None else ", ".join(map(str, self._graphs.batch_sizes))
         how = f"CUDA graphs for batches of {sizes}" if sizes else "no graph"
-        return f"PreparedModel({type(self._snapshot).__name__}, {list(self._example.shape)}, {how})"
+        return f"PreparedModel({self._name}, {list(self._example.shape)}, {how})"
 
 
 def _sizes(batch_sizes: Sequence[int] | None, example: torch.Tensor) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from session import Session
 
 import fastvr
 from fastvr import tuning
+from fastvr.tuning import table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the steps would take the GPU's time")
 
@@ -70,10 +71,11 @@ def test_all_steps_write_their_files(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_table_is_one_that_tuning_reads(tmp_path: Path) -> None:
     assert gpu_tune.run(_session(tmp_path)) == 0
     content = _load(tmp_path / "cpu.json")
-    assert {"gpu", "versions", "commit", "entries"} <= set(content)
+    assert {"format", "gpu", "architecture", "versions", "commit", "entries", "checksum"} <= set(content)
+    assert table.load(tmp_path / "cpu.json", "cpu") is not None
     key = tuning.key("layer_norm", torch.bfloat16, m=tuning.bucket(100), n=192)
     entry = content["entries"][key]
-    assert set(entry) == {"impl", "config", "ms", "runner_up_ms", "reference_ms"}
+    assert set(entry) == {"impl", "config", "ms", "runner_up_ms", "reference_ms", "complete", "versions"}
     # the interpreter never beats PyTorch
     assert entry["impl"] == "reference"
     assert entry["ms"] == entry["reference_ms"] <= entry["runner_up_ms"]
@@ -110,7 +112,7 @@ def test_a_wrong_kernel_fails_parity_and_cannot_win(tmp_path: Path, monkeypatch:
     tuner.tune(case, "float32")
     assert tuner.failures
     assert not any("red gate" in failure["error"] for failure in tuner.failures)
-    assert all(entry["impl"] == "reference" for entry in tuner.entries.values())
+    assert {entry.impl for entry in tuner.entries.values()} == {"reference"}
 
 
 def test_a_candidate_that_breaks_does_not_end_the_sweep(
@@ -129,13 +131,16 @@ def test_a_candidate_that_breaks_does_not_end_the_sweep(
     assert len(tuner.failures) == 1
     assert "'BLOCK_M': 3" in tuner.failures[0]["job"]
     (entry,) = tuner.entries.values()
-    assert entry["config"]["BLOCK_M"] != 3
+    assert entry.config["BLOCK_M"] != 3
 
 
 def test_entries_of_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = _session(tmp_path)
-    session.save("cpu.json", {"entries": {"k": {"impl": "triton"}}})
-    assert gpu_tune.Tuner(session, rep_ms=1).entries == {"k": {"impl": "triton"}}
+    entry = tuning.Entry("triton", None, 1.0, None, None)
+    tuner = gpu_tune.Tuner(session, rep_ms=1)
+    tuner.entries["k"] = entry
+    tuner.save(complete=True)
+    assert gpu_tune.Tuner(session, rep_ms=1).entries == {"k": entry}
     monkeypatch.setattr(record, "source_digest", lambda: "other")
     assert gpu_tune.Tuner(session, rep_ms=1).entries == {}
 
@@ -159,10 +164,14 @@ def test_samples_are_seeded() -> None:
 def test_the_fresh_table_is_in_force_only_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTVR_TUNING_TABLE", raising=False)
     session = _session(tmp_path)
-    session.save("cpu.json", {"entries": {"a|b|c": {"impl": "triton"}}})
+    monkeypatch.setenv("FASTVR_CACHE_DIR", str(tmp_path / "none"))
+    card = tuning.Card("cpu", "interpreter", 1)
+    tuner = gpu_tune.Tuner(session, rep_ms=1)
+    tuner.entries["a|b|c"] = tuning.Entry("triton", None, 1.0, None, None)
+    tuner.save(complete=True)
     with gpu_bench.fresh_table(session):
-        assert tuning._table("cpu") == {"a|b|c": {"impl": "triton"}}
-    assert tuning._table("cpu") == {}
+        assert tuning.measured(card) == tuner.entries
+    assert tuning.measured(card) == {}
 
 
 def test_every_knob_names_its_candidates() -> None:

@@ -16,7 +16,7 @@ def test_the_kernels_run_and_are_right() -> None:
     ticks: list[float] = []
     found = interpreted.run(torch.rand(2, 3, interpreted.SIZE, interpreted.SIZE), tick=ticks.append)
     assert set(found["models"]) == {"vit", "resnet"}, found
-    for kind, op in (("vit", "attention"), ("resnet", "conv_bn_relu")):
+    for kind, op in (("vit", "linear"), ("resnet", "conv_bn_relu")):
         assert set(found["models"][kind]) == {"float32", "bfloat16"}
         for verdict in found["models"][kind].values():
             assert verdict["passed"], verdict

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import Bottleneck as TheirBottleneck
 
 import fastvr
 from fastvr import backend
-from fastvr.models.resnet import PRESETS
+from fastvr.models.resnet import PRESETS, ResNet
+from fastvr.nn.residual import Bottleneck
 from fastvr.testing import assert_parity, truth_model
 
 
@@ -22,7 +24,7 @@ def test_presets_have_torchvisions_keys_in_order(name: str) -> None:
     assert [(key, tensor.shape) for key, tensor in ours.state_dict().items()] == expected
 
 
-@pytest.mark.parametrize(("name", "block"), [("resnet18", BasicBlock), ("resnet50", Bottleneck)])
+@pytest.mark.parametrize(("name", "block"), [("resnet18", BasicBlock), ("resnet50", TheirBottleneck)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_logits_and_features_are_torchvisions(name, block, layout, randomise, images) -> None:
     theirs = randomise(getattr(torchvision.models, name)(num_classes=10)).eval()
@@ -159,3 +161,60 @@ def test_replaced_modules_are_called(replace, tiny_resnet, images) -> None:
 
     with torch.no_grad():
         assert_parity(model(x), plainly(model, x), plainly(truth_model(model), x.double()))
+
+
+@pytest.fixture
+def staged(randomise):
+    """Two stages whose bottlenecks are as wide as the kernel takes them."""
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, (3, 2, 1, 1), num_classes=10, width=16)
+    return randomise(model).eval()
+
+
+def ran_in(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+    with fastvr.use_backend("triton"), backend.observe() as ran:
+        y = model(x)
+    assert {implementation for _, implementation in ran} == {"triton"}
+    return y, {op: n for (op, _), n in ran.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_block_computes_the_next_ones_first_convolution(dtype, staged, images, device) -> None:
+    model, x = staged.to(device, dtype), images(2).to(device, dtype)
+    with torch.no_grad():
+        y, ran = ran_in(model, x)
+        with fastvr.use_backend("reference"):
+            assert_parity(y, model(x), truth_model(model)(x.double()))
+    assert (ran["bottleneck_chain"], ran["bottleneck"]) == (3, 4)
+    # the stem, and each stage's first block's first
+    assert ran["conv_bn_relu"] == 5
+
+
+def test_blocks_stand_alone_where_gradients_are_wanted(staged, images, device) -> None:
+    _, ran = ran_in(staged.to(device), images(2).to(device))
+    assert "bottleneck_chain" not in ran
+    assert ran["bottleneck"] == 7
+
+
+@pytest.mark.parametrize(
+    ("observed", "chains", "blocks"),
+    [
+        ("layer1", 1, 6),
+        ("layer1.1", 1, 6),
+        ("layer1.1.conv1", 2, 5),
+        ("layer1.1.relu", 1, 5),
+        ("layer1.1.conv3", 2, 4),
+        # its result is a residual like any other
+        ("layer1.0.downsample.1", 3, 4),
+    ],
+)
+def test_what_somebody_observes_is_called(observed, chains, blocks, staged, images, device) -> None:
+    model, x, seen = staged.to(device), images(2).to(device), []
+    with torch.no_grad():
+        with fastvr.use_backend("reference"):
+            eager, truth = model(x), truth_model(model)(x.double())
+        model.get_submodule(observed).register_forward_hook(lambda _, args, y: seen.append(y))
+        y, ran = ran_in(model, x)
+    assert_parity(y, eager, truth)
+    assert len(seen) == (3 if "relu" in observed else 1)
+    assert (ran["bottleneck_chain"], ran["bottleneck"]) == (chains, blocks)

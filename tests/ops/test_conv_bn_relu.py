@@ -159,13 +159,44 @@ def test_every_configuration(shape, gathered, dtype, device):
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 3136, 200_704])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_default_is_a_candidate(rows, gathered):
+@pytest.mark.parametrize(("gathered", "boxes"), [(False, False), (True, False), (False, True)])
+def test_default_is_a_candidate(rows, gathered, boxes):
     for arch in GRID.architectures:
         for dtype in DTYPES:
             for n in (1, 64, 2048):
-                config = kernels.default_config(rows, n, dtype, arch, gathered=gathered)
-                assert config in kernels.candidate_configs(dtype, arch, gathered=gathered)
+                options = {"gathered": gathered, "boxes": boxes}
+                candidates = kernels.candidate_configs(dtype, arch, **options, m=rows)
+                for k in (64, 4608):
+                    assert kernels.default_config(rows, n, dtype, arch, **options, k=k) in candidates
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 64, 7, 7, 72, 3, 1, 1, 1),
+        (3, 128, 4, 4, 130, 1, 2, 0, 1),
+        (1, 64, 5, 4, 64, 3, 1, 1, 4),
+        (1, 96, 3, 3, 31, 3, 2, 0, 1),
+    ],
+    ids=str,
+)
+def test_a_split_product(shape, dtype, device):
+    given = inputs(*shape, dtype, device)
+    # as few blocks of K as parts, and fewer
+    for config in kernels.candidate_configs(torch.bfloat16, "sm_90", m=1):
+        if "SPLIT_K" in config:
+            with tuning.force_config("conv_bn_relu", config):
+                check(given)
+                check({**given, "residual": None, "act": "none"} | dict.fromkeys(VECTORS))
+
+
+def test_a_split_product_is_summed_in_one_order(device):
+    given = inputs(2, 128, 5, 5, 96, 3, 1, 1, 1, torch.float32, device)
+    config = kernels.candidate_configs(torch.bfloat16, "sm_90", m=1)[-2]
+    assert config["SPLIT_K"] > 1
+    with tuning.force_config("conv_bn_relu", config):
+        assert_order_does_not_matter(lambda: conv_bn_relu(**given))
 
 
 def layouts(t):

@@ -282,7 +282,7 @@ def test_autocast_is_eagers(device):
         ({"bn": BatchNorm(torch.zeros(11))}, r"bn.weight must have shape \[12\]; got \[11\]"),
         (
             {"bn2": BatchNorm(bias=torch.zeros(12).half())},
-            "bn2.bias must be float32 or torch.float32, as x is",
+            "bn2.bias must be float32 or torch.float32, as weight is",
         ),
         (
             {"bn2": BatchNorm(running_mean=torch.zeros(12))},

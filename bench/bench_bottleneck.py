@@ -1,0 +1,6 @@
+"""bottleneck: the blocks of ResNet-50's stages 1 and 2 without and with the next block's first convolution."""
+
+from harness import op_benchmark
+
+test_bottleneck = op_benchmark("bottleneck")
+test_bottleneck_chain = op_benchmark("bottleneck_chain")
