@@ -1,4 +1,4 @@
-"""bottleneck: the blocks of ResNet-50's stages 1 and 2 without and with the next block's first convolution."""
+"""bottleneck: the blocks of ResNet-50's stages 1 and 2, alone and with the next one's first convolution."""
 
 from harness import op_benchmark
 

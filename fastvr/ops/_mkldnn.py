@@ -45,7 +45,7 @@ def missing() -> str | None:
     """The reason why oneDNN's fused operators cannot be called, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
-    names = ("_linear_pointwise", "_convolution_pointwise")
+    names = ("_linear_pointwise", "_convolution_pointwise", "_convolution_pointwise_")
     packing = ("_reorder_linear_weight", "_reorder_convolution_weight")
     if not all(hasattr(torch.ops.mkldnn, name) for name in (*names, *packing)):
         return "this PyTorch has no fused oneDNN operators"
@@ -79,6 +79,7 @@ class Packed:
     """A weight as oneDNN reads it. Where ``scale`` was multiplied into it, ``bias`` is its ``shift``.
 
     ``gelu``: whether oneDNN's GELU is to be fused; with AVX2 alone it is slower than PyTorch's own pass.
+    ``onto_residual``: whether the result may be written over the residual, since nobody reads that again.
     """
 
     weight: torch.Tensor
@@ -86,6 +87,7 @@ class Packed:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     gelu: bool = True
+    onto_residual: bool = False
 
 
 def keep(weight: torch.Tensor, packed: Packed) -> None:
@@ -165,11 +167,14 @@ def conv_bn_relu(
     ops, weight, bias = torch.ops.mkldnn, packed.weight, packed.bias
     where = (list(padding), list(stride), [1, 1], groups)
     fused = act if act == "relu" and _relu_keeps_nan() else "none"
-    if residual is not None and residual.dtype == x.dtype:
-        unary = None if fused == "none" else fused
-        y: torch.Tensor = ops._convolution_pointwise.binary(
-            x, residual, weight, bias, *where, "add", 1.0, unary, [], ""
-        )
+    y: torch.Tensor
+    # PyTorch 2.11 fails to describe maps of one pixel, whose strides say nothing, where they are added
+    if residual is not None and residual.dtype == x.dtype and residual.shape[2:].numel() != 1:
+        then: tuple[Any, ...] = ("add", 1.0, None if fused == "none" else fused, [], "")
+        if packed.onto_residual and residual.is_contiguous(memory_format=torch.channels_last):
+            y = ops._convolution_pointwise_.binary(residual, x, weight, bias, *where, *then)
+        else:
+            y = ops._convolution_pointwise.binary(x, residual, weight, bias, *where, *then)
     else:
         y = ops._convolution_pointwise(
             x, weight, bias, *where, "none" if residual is not None else fused, [], ""

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 
 from fastvr import backend
+from fastvr.nn.conv_bn_relu import plain_conv
+from fastvr.nn.plain import plain
+from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.ops import _mkldnn, conv_bn_relu, linear
 from fastvr.ops._op import Op
 from fastvr.reference.image import normalize
@@ -29,6 +32,10 @@ logger = logging.getLogger("fastvr")
 
 # of one call: rounds at least and at most, and the time after which no new one begins
 _LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
+
+# The share of PyTorch's time that oneDNN's may take. A matrix product must earn the memory of its second
+# layout; a fused convolution spares the rest of the model passes over memory and may come out even.
+_LINEAR_SHARE, _CONVOLUTION_SHARE = 0.97, 1.1
 
 
 def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
@@ -52,6 +59,23 @@ def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
     layout = torch.channels_last if _channels_last(example) else torch.contiguous_format
     with _mkldnn.packing(_Packer(weights)), torch.no_grad():
         model(images.contiguous(memory_format=layout))
+    _write_onto_residuals(model)
+
+
+def _write_onto_residuals(model: nn.Module) -> None:
+    """Let the last convolution of a residual block write over its residual, which nobody reads again."""
+    for block in model.modules():
+        if plain(block, Bottleneck):
+            last = block.conv3
+        elif plain(block, BasicBlock):
+            last = block.conv2
+        else:
+            continue
+        shortcut = block.downsample
+        if plain_conv(last) and (shortcut is None or plain(shortcut, nn.Sequential)):
+            packed = _mkldnn.kept(last.weight)
+            if packed is not None:
+                _mkldnn.keep(last.weight, dataclasses.replace(packed, onto_residual=True))
 
 
 def _channels_last(example: torch.Tensor) -> bool:
@@ -87,7 +111,12 @@ class _Packer:
         if a.gamma is not None:
             floor = floor * a.gamma.abs().double()
         self._keep_fastest(
-            linear.LINEAR, a, candidates, lambda b, packed: _mkldnn.linear(b[0], packed, *b[2:]), floor
+            linear.LINEAR,
+            a,
+            candidates,
+            lambda b, packed: _mkldnn.linear(b[0], packed, *b[2:]),
+            floor=floor,
+            share=_LINEAR_SHARE,
         )
 
     def _convolution(self, a: conv_bn_relu.Arguments) -> None:
@@ -95,7 +124,9 @@ class _Packer:
             return
         geometry = a.stride, a.padding, a.groups
         packed = _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
-        self._keep_fastest(conv_bn_relu.CONV_BN_RELU, a, [packed], _convolve, 0.0)
+        self._keep_fastest(
+            conv_bn_relu.CONV_BN_RELU, a, [packed], _convolve, floor=0.0, share=_CONVOLUTION_SHARE
+        )
 
     def _keep_fastest(
         self,
@@ -103,14 +134,16 @@ class _Packer:
         a: Any,
         candidates: list[_mkldnn.Packed],
         run: Callable[[Any, _mkldnn.Packed], torch.Tensor],
+        *,
         floor: float | torch.Tensor,
+        share: float,
     ) -> None:
         key = (op.name, *(_kind(value) for value in a))
         if key not in self._fastest:
             right = [i for i, c in enumerate(candidates) if _holds_parity(op, a, run, c, floor)]
             calls = [functools.partial(op.reference, *a)]
             calls += [functools.partial(run, a, candidates[i]) for i in right]
-            self._fastest[key] = [None, *right][_fastest(calls)]
+            self._fastest[key] = [None, *right][_fastest(calls, share)]
         chosen = self._fastest[key]
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if chosen is None else "oneDNN")
         if chosen is not None:
@@ -147,8 +180,8 @@ def _holds_parity(
     return report.passed
 
 
-def _fastest(calls: Sequence[Callable[[], object]]) -> int:
-    """The index of the call whose fastest run is the shortest."""
+def _fastest(calls: Sequence[Callable[[], object]], share: float) -> int:
+    """The index of the call whose shortest run is the shortest; 0 unless one takes ``share`` of its time."""
     for call in calls:
         call()
     best, end = [math.inf] * len(calls), time.perf_counter() + _SECONDS
@@ -159,4 +192,5 @@ def _fastest(calls: Sequence[Callable[[], object]]) -> int:
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
+    best[0] *= share
     return best.index(min(best))
