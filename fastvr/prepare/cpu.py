@@ -1,8 +1,9 @@
 """What ``prepare`` does on a CPU: weights laid out for oneDNN's fused calls where those are faster here.
 
-Whether they are depends on the CPU more than on anything else: on an AMD CPU with AVX-512 oneDNN's matrix
-product was seen to be more than twice as fast as the one that ``F.linear`` calls, on one with AVX2 alone a
-sixth slower. So each shape is measured, once, in a forward pass while the model is prepared.
+PyTorch's convolution is oneDNN's as well, so the fused one is the same with fewer passes over memory. Its
+matrix product is another library's, and which is faster depends on the CPU more than on anything else: on an
+AMD CPU with AVX-512 oneDNN's was seen to be more than twice as fast, on one with AVX2 alone a sixth slower.
+So each shape of those is measured, once, in a forward pass while the model is prepared.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ logger = logging.getLogger("fastvr")
 # of one call: rounds at least and at most, and the time after which no new one begins
 _LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
 
-# The share of PyTorch's time that oneDNN's may take. A matrix product must earn the memory of its second
-# layout; a fused convolution spares the rest of the model passes over memory and may come out even.
-_LINEAR_SHARE, _CONVOLUTION_SHARE = 0.97, 1.1
+# the share of PyTorch's time that a call may take at most: it must earn the memory of the second layout
+_SHARE = 0.97
 
 
 def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
     """Lay out the weights of ``model`` on a CPU where the vendor's fused call is the faster one.
 
-    Runs the model once on random images like ``example`` and measures the call against PyTorch's own
-    operators for each shape, dtype and epilogue that comes up. A call that breaks the parity rule does not
-    win. Nothing happens where the mode is not "auto", without oneDNN, or in a dtype that it would emulate.
+    Runs the model once on random images like ``example``. A call that breaks the parity rule there does not
+    win; of matrix products each shape, dtype and epilogue is measured against PyTorch's own operators.
+    Nothing happens where the mode is not "auto", without oneDNN, or in a dtype that it would emulate.
 
     A weight that was laid out is kept beside the dense one, which every other way to run the model reads.
     """
@@ -83,12 +83,12 @@ def _channels_last(example: torch.Tensor) -> bool:
 
 
 class _Packer:
-    """Packs the weights that it owns, as ops meet them, by what it measured for their shapes."""
+    """Packs the weights that it owns, as ops meet them."""
 
     def __init__(self, weights: dict[int, nn.Parameter]) -> None:
         self._weights = weights
-        # by call, which of its candidates is the fastest that holds the parity rule; None is PyTorch itself
-        self._fastest: dict[Hashable, int | None] = {}
+        # by call, which of its candidates is to be taken; None is PyTorch itself
+        self._chosen: dict[Hashable, int | None] = {}
 
     def __call__(self, op: str, args: tuple[Any, ...]) -> None:
         if op == "linear":
@@ -110,44 +110,42 @@ class _Packer:
         floor: float | torch.Tensor = GELU_TAIL if a.act == "gelu" else 0.0
         if a.gamma is not None:
             floor = floor * a.gamma.abs().double()
-        self._keep_fastest(
-            linear.LINEAR,
-            a,
-            candidates,
-            lambda b, packed: _mkldnn.linear(b[0], packed, *b[2:]),
-            floor=floor,
-            share=_LINEAR_SHARE,
-        )
+
+        def choose() -> int | None:
+            right = [
+                i for i, c in enumerate(candidates) if _holds_parity(linear.LINEAR, a, _multiply, c, floor)
+            ]
+            calls = [functools.partial(linear.LINEAR.reference, *a)]
+            calls += [functools.partial(_multiply, a, candidates[i]) for i in right]
+            return [None, *right][_fastest(calls)]
+
+        self._keep("linear", a, candidates, choose)
 
     def _convolution(self, a: conv_bn_relu.Arguments) -> None:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
             return
         geometry = a.stride, a.padding, a.groups
         packed = _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
-        self._keep_fastest(
-            conv_bn_relu.CONV_BN_RELU, a, [packed], _convolve, floor=0.0, share=_CONVOLUTION_SHARE
-        )
 
-    def _keep_fastest(
-        self,
-        op: Op[torch.Tensor],
-        a: Any,
-        candidates: list[_mkldnn.Packed],
-        run: Callable[[Any, _mkldnn.Packed], torch.Tensor],
-        *,
-        floor: float | torch.Tensor,
-        share: float,
+        def choose() -> int | None:
+            return 0 if _holds_parity(conv_bn_relu.CONV_BN_RELU, a, _convolve, packed, 0.0) else None
+
+        self._keep("conv_bn_relu", a, [packed], choose)
+
+    def _keep(
+        self, op: str, a: Any, candidates: list[_mkldnn.Packed], choose: Callable[[], int | None]
     ) -> None:
-        key = (op.name, *(_kind(value) for value in a))
-        if key not in self._fastest:
-            right = [i for i, c in enumerate(candidates) if _holds_parity(op, a, run, c, floor)]
-            calls = [functools.partial(op.reference, *a)]
-            calls += [functools.partial(run, a, candidates[i]) for i in right]
-            self._fastest[key] = [None, *right][_fastest(calls, share)]
-        chosen = self._fastest[key]
+        key = (op, *(_kind(value) for value in a))
+        if key not in self._chosen:
+            self._chosen[key] = choose()
+        chosen = self._chosen[key]
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if chosen is None else "oneDNN")
         if chosen is not None:
             _mkldnn.keep(a.weight, candidates[chosen])
+
+
+def _multiply(a: linear.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
+    return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
 
 
 def _convolve(a: conv_bn_relu.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
@@ -180,8 +178,8 @@ def _holds_parity(
     return report.passed
 
 
-def _fastest(calls: Sequence[Callable[[], object]], share: float) -> int:
-    """The index of the call whose shortest run is the shortest; 0 unless one takes ``share`` of its time."""
+def _fastest(calls: Sequence[Callable[[], object]]) -> int:
+    """The index of the call whose shortest run is the shortest; 0 unless one takes ``_SHARE`` of its time."""
     for call in calls:
         call()
     best, end = [math.inf] * len(calls), time.perf_counter() + _SECONDS
@@ -192,5 +190,5 @@ def _fastest(calls: Sequence[Callable[[], object]], share: float) -> int:
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
-    best[0] *= share
+    best[0] *= _SHARE
     return best.index(min(best))

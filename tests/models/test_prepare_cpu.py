@@ -29,7 +29,7 @@ def choose(monkeypatch):
     """Lets the candidate of the given index win, 0 being PyTorch, where the parity rule allows it."""
 
     def pick(index: int) -> None:
-        def fastest(calls, share):
+        def fastest(calls):
             for call in calls:
                 call()
             return min(index, len(calls) - 1)
@@ -70,10 +70,9 @@ def test_forced_everywhere_it_holds_parity_at_any_batch(
         assert prepared(images(0)).shape == (0, 10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_pytorch_is_faster_nothing_is_kept(kind, choose, tiny, images) -> None:
+def test_where_pytorch_is_faster_nothing_is_kept(choose, tiny_vit, images) -> None:
     choose(0)
-    prepared = fastvr.prepare(tiny(kind), images())
+    prepared = fastvr.prepare(tiny_vit(), images())
     assert not _packed(prepared)
     assert _implementations(prepared, images()) == {"reference"}
 
@@ -90,16 +89,14 @@ def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monk
         assert_parity(prepared(images()), model(images()), truth_model(model)(images().double()))
 
 
-def test_the_faster_call_wins() -> None:
-    slow, fast = torch.randn(400, 400), torch.randn(4, 4)
-
-    def call(x: torch.Tensor):
-        return lambda: x @ x
-
-    assert cpu._fastest([call(slow), call(fast)], 1.0) == 1
-    assert cpu._fastest([call(fast), call(slow)], 1.0) == 0
-    assert cpu._fastest([call(slow), call(fast)], 0.0) == 0
-    assert cpu._fastest([call(fast)], 1.0) == 0
+def test_the_faster_call_wins(monkeypatch) -> None:
+    large, small = torch.randn(400, 400), torch.randn(4, 4)
+    slow, fast = (lambda: large @ large), (lambda: small @ small)
+    assert cpu._fastest([slow, fast]) == 1
+    assert cpu._fastest([fast, slow]) == 0
+    assert cpu._fastest([slow]) == 0
+    monkeypatch.setattr(cpu, "_SHARE", 0.0)
+    assert cpu._fastest([slow, fast]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
