@@ -2,12 +2,13 @@
 
     python bench/bench_cpu_peers.py [--batch 8] [--threads N] [--models resnet50] [--json FILE]
 
-Columns: timm or torchvision eager (ResNet in both layouts), fastvr as it is called and prepared, ONNX Runtime and
-OpenVINO (in float32, and with bfloat16 asked for: the precision that it then chose is in the column's name).
+Columns: timm or torchvision eager (ResNet in both layouts), fastvr as it is called and prepared, ONNX
+Runtime and OpenVINO (in float32, and with bfloat16 asked for: its name says which precision then ran).
 Each has the error of its logits against float64, as a multiple of eager's; that of a peer is its own affair.
 
-The goal, for which the exit status answers: the prepared model no slower than ONNX Runtime and within 1.1 times
-OpenVINO, the plain call no slower than eager in any layout. A peer that is not installed is named and left out.
+The goal, for which the exit status answers: the prepared model no slower than ONNX Runtime and within 1.1
+times OpenVINO, the plain call no slower than eager in any layout. A peer that is not installed is named and
+left out.
 """
 
 from __future__ import annotations

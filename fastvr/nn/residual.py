@@ -96,8 +96,8 @@ class Bottleneck(nn.Module):
         return y, None
 
     def _fused(self, y: torch.Tensor, x: torch.Tensor) -> dict[str, Any] | None:
-        """The arguments of the bottleneck op, or None where a module in it is not what the op computes, or
-        where no kernel can run: its parts are then called without it, whose checks take longer than it spares."""
+        """The arguments of the bottleneck op, or None where a module in it is not what the op computes."""
+        # where no kernel can run its parts do, and checking the arguments twice would cost more than it tells
         if not backend.kernels_possible(x.device):
             return None
         conv2, conv3 = self.conv2, self.conv3
