@@ -169,14 +169,15 @@ def _log_once(op: str, reason: str) -> None:
     logger.info("fastvr.%s runs in PyTorch: %s", op, reason)
 
 
-def _observe(op: str, implementation: str) -> None:
+def ran(op: str, implementation: str) -> None:
+    """Tell :func:`observe`."""
     for counter in _observers:
         counter[op, implementation] += 1
 
 
 @contextlib.contextmanager
 def observe() -> Iterator[collections.Counter[tuple[str, str]]]:
-    """Count what really runs inside the block: ``Counter[(op, "triton" | "reference")]``."""
+    """Count what really runs inside the block: ``Counter[(op, "triton" | "mkldnn" | "reference")]``."""
     counter: collections.Counter[tuple[str, str]] = collections.Counter()
     _observers.append(counter)
     try:
@@ -195,7 +196,7 @@ def _kernel_errors() -> tuple[type[BaseException], ...]:
 
 
 def run_reference(op: str, reference: Callable[..., Any], args: Sequence[Any]) -> Any:
-    _observe(op, "reference")
+    ran(op, "reference")
     return reference(*args)
 
 
@@ -257,7 +258,7 @@ def run_kernel(
                 stacklevel=2,
             )
             return run_reference(op, reference, args)
-    _observe(op, "triton")
+    ran(op, "triton")
     return result
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvr import backend
 from fastvr.nn.plain import plain
 from fastvr.ops.conv_bn_relu import BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
@@ -96,7 +97,9 @@ def dual_conv_bn_relu(
     """
     norm, norm2 = batch_norm(bn), batch_norm(bn2)
     if (
-        norm is not None
+        # else its parts would run, each of which checks its arguments itself
+        backend.kernels_possible(x.device)
+        and norm is not None
         and norm2 is not None
         and pointwise(conv)
         and conv.stride == (1, 1)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 from torch import nn
 
+from fastvr import backend
 from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, dual_conv_bn_relu, plain_conv, pointwise
 from fastvr.nn.plain import plain
 from fastvr.ops.bottleneck import Shortcut
@@ -96,6 +97,9 @@ class Bottleneck(nn.Module):
 
     def _fused(self, y: torch.Tensor, x: torch.Tensor) -> dict[str, Any] | None:
         """The arguments of the bottleneck op, or None where a module in it is not what the op computes."""
+        # where no kernel can run its parts do, and checking the arguments twice would cost more than it tells
+        if not backend.kernels_possible(x.device):
+            return None
         conv2, conv3 = self.conv2, self.conv3
         bn2, bn3 = batch_norm(self.bn2), batch_norm(self.bn3)
         if (

@@ -49,7 +49,7 @@ def companion(
     if tensor is None:
         return
     operand(op, name, tensor)
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {list(shape)}{meaning}; got {list(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device}, where x is; got {tensor.device}")

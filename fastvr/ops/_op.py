@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
+from fastvr.ops import _mkldnn
 
 _Arguments = TypeVar("_Arguments")
 _Result = TypeVar("_Result")
@@ -84,6 +85,8 @@ class Op(Generic[_Result]):
         cost: FLOPs and bytes.
         parts: for an op that fuses others: the same by their public functions, each of which chooses for
             itself, taking the schema's arguments one by one. What runs where the kernel does not.
+        vendor: on a CPU, the vendor's fused call with weights that ``prepare`` packed for it; None where it
+            does not apply. Counts itself (:func:`fastvr.backend.ran`).
         returns: of the schema; more than one tensor takes a ``gradient`` or ``differentiable=False``.
         gradient: by kernels; None is the gradient of the reference.
         differentiable: False for an op that only inference uses, or that is itself part of a gradient. It
@@ -105,6 +108,7 @@ class Op(Generic[_Result]):
         measured: Callable[[_Arguments], str],
         cost: Callable[[_Arguments], Cost],
         parts: Callable[..., _Result] | None = None,
+        vendor: Callable[[_Arguments], _Result | None] | None = None,
         returns: str = "Tensor",
         gradient: Gradient[_Arguments] | None = None,
         differentiable: bool = True,
@@ -119,6 +123,7 @@ class Op(Generic[_Result]):
         self.measured = spread(measured)
         self.cost = spread(cost)
         self.parts = parts
+        self.vendor = None if vendor is None else spread(vendor)
         self.differentiable = differentiable
         self._arguments = arguments
         self._gradient = gradient
@@ -163,6 +168,10 @@ class Op(Generic[_Result]):
             if self.parts is not None:
                 return self.parts(*args)
             return self._operator(args) if possible else self.reference(*args)
+        if self.vendor is not None and device.type == "cpu" and not possible:
+            result = self._vendor(args)
+            if result is not None:
+                return result
         auto = backend.current_backend() == "auto"
         if self.parts is None:
             # in the mode "triton" the operator itself says what is wrong
@@ -191,6 +200,15 @@ class Op(Generic[_Result]):
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
+
+    def _vendor(self, args: tuple[Any, ...]) -> _Result | None:
+        """What the vendor's fused call gives, which has no gradient; None where it does not apply."""
+        if backend.current_backend() != "auto" or (torch.is_grad_enabled() and _any_requires_grad(args)):
+            return None
+        if (pack := _mkldnn.packer()) is not None:
+            pack(self.name, args)
+        assert self.vendor is not None
+        return self.vendor(*args)
 
     def _kernel_fits(self, args: tuple[Any, ...], device: torch.device) -> bool:
         """Whether the fused kernel is the one to run; its parts say themselves what is wrong with them."""

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check
+from fastvr.ops import _check, _mkldnn
 from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
+from fastvr.reference.image import normalize
 
 _VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
@@ -267,6 +268,17 @@ def _kernel(a: Arguments) -> torch.Tensor:
     return y
 
 
+def _vendor(a: Arguments) -> torch.Tensor | None:
+    packed = _mkldnn.kept(a.weight)
+    if packed is None or packed.scale is not a.bn_weight or packed.shift is not a.bn_bias:
+        return None
+    if a.running_mean is not None:
+        return None
+    backend.ran("conv_bn_relu", "mkldnn")
+    x = normalize(a.x, a.mean, a.std, a.weight.dtype)
+    return _mkldnn.conv_bn_relu(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
+
+
 def _fake(a: Arguments) -> torch.Tensor:
     shape = _output_shape(a.x, a.weight, a.stride, a.padding)
     return torch.empty(
@@ -314,4 +326,5 @@ CONV_BN_RELU = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    vendor=_vendor,
 )

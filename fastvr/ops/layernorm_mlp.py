@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check
+from fastvr.ops import _check, _mkldnn
 from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.ops.layer_norm import check_norm
-from fastvr.ops.linear import as_rows, gemm, result_dtype, unit_rows
+from fastvr.ops.layer_norm import LAYER_NORM, check_norm
+from fastvr.ops.linear import LINEAR, as_rows, gemm, result_dtype, unit_rows
 from fastvr.reference.layernorm_mlp import layernorm_mlp as reference
 from fastvr.reference.linear import ACTIVATIONS
 
@@ -139,6 +139,15 @@ def _kernel(a: Arguments) -> torch.Tensor:
     return y
 
 
+def _vendor(a: Arguments) -> torch.Tensor | None:
+    weights = (a.fc1_weight, a.fc2_weight)
+    if _mkldnn.packer() is None and all(_mkldnn.kept(weight) is None for weight in weights):
+        return None
+    normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, a.fc1_weight.dtype)
+    hidden = LINEAR(normed, a.fc1_weight, a.fc1_bias, None, None, a.act)
+    return LINEAR(hidden, a.fc2_weight, a.fc2_bias, a.gamma, a.residual, "none")
+
+
 def _fake(a: Arguments) -> torch.Tensor:
     dtype = result_dtype(a.fc1_weight, a.gamma, a.residual)
     return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]), dtype=dtype)
@@ -184,4 +193,5 @@ LAYERNORM_MLP = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    vendor=_vendor,
 )

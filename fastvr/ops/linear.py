@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check
+from fastvr.ops import _check, _mkldnn
 from fastvr.ops._op import Cost, Op, nbytes
 from fastvr.reference.linear import ACTIVATIONS
 from fastvr.reference.linear import linear as reference
@@ -165,6 +165,13 @@ def _kernel(a: Arguments) -> torch.Tensor:
     return y
 
 
+def _vendor(a: Arguments) -> torch.Tensor | None:
+    if (packed := _mkldnn.kept(a.weight)) is None:
+        return None
+    backend.ran("linear", "mkldnn")
+    return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
+
+
 def _fake(a: Arguments) -> torch.Tensor:
     return a.x.new_empty((*a.x.shape[:-1], a.weight.shape[0]), dtype=result_dtype(a.x, a.gamma, a.residual))
 
@@ -199,4 +206,5 @@ LINEAR = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    vendor=_vendor,
 )

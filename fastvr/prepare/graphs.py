@@ -78,14 +78,19 @@ class Graphs:
         return result
 
 
+def layout_of(images: torch.Tensor) -> torch.memory_format:
+    """channels_last where ``images`` are that alone."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def images_like(example: torch.Tensor, batch: int) -> torch.Tensor:
     """Zeros like ``example``, in its layout, ``batch`` of them."""
-    last = example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
     images = torch.empty(
         (batch, *example.shape[1:]),
         dtype=example.dtype,
         device=example.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=layout_of(example),
     )
     return images.zero_()
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from fastvr.models._model import Model
+from fastvr.prepare.cpu import pack_weights
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
 from fastvr.prepare.measured import measure_unknown
@@ -95,6 +96,8 @@ class PreparedModel:
             snapshot = folded_if_faster(plain, example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
+            if device.type == "cpu":
+                pack_weights(snapshot, example)
             wanted = device.type == "cuda" and self._batch_sizes
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastvr.reference.image import normalize
 
@@ -21,6 +22,33 @@ def _one_dtype(y: torch.Tensor, *vectors: torch.Tensor | None) -> list[torch.Ten
         return [None if v is None else v.contiguous() for v in vectors]
     dtype = functools.reduce(torch.promote_types, dtypes, y.dtype)
     return [None if v is None else v.to(dtype).contiguous() for v in vectors]
+
+
+def _batch_norm(
+    y: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    *,
+    eps: float,
+) -> torch.Tensor:
+    """``F.batch_norm`` in eval, written over y where that is safe: fresh memory costs a CPU more than it."""
+    if (
+        y.device.type != "cpu"
+        or type(y) is not torch.Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return F.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
+    assert mean is not None
+    unused = mean.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        y, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=unused, save_invstd=unused.clone()
+    )
+    return y
 
 
 def conv_bn_relu(
@@ -42,8 +70,7 @@ def conv_bn_relu(
     x = normalize(x, mean, std, weight.dtype)
     y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
     if running_mean is not None:
-        scale, shift, mean, var = _one_dtype(y, bn_weight, bn_bias, running_mean, running_var)
-        y = F.batch_norm(y, mean, var, scale, shift, False, 0.0, eps)
+        y = _batch_norm(y, *_one_dtype(y, bn_weight, bn_bias, running_mean, running_var), eps=eps)
     else:
         dtype = y.dtype
         if bn_weight is not None:
@@ -51,9 +78,10 @@ def conv_bn_relu(
         if bn_bias is not None:
             y = y + bn_bias[:, None, None]
         y = y.to(dtype)
+    # in place, as torchvision's blocks have it: y is nobody else's, and nothing here saves it for backward
     if residual is not None:
-        y = y + residual
+        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
     if act == "relu":
-        y = F.relu(y)
+        y = y.relu_()
     # the layout that the kernel writes, and that the operator's fake implementation promises
     return y.contiguous(memory_format=torch.channels_last)

@@ -6,16 +6,21 @@ import torch
 import torch.nn.functional as F
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh"."""
+    """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh".
+
+    x is nobody else's, and without gradients the result takes its place: on a CPU fresh memory costs more
+    than the activation.
+    """
+    inplace = not torch.is_grad_enabled()
     if act == "relu":
-        return F.relu(x)
-    if act == "gelu":
-        return F.gelu(x)
-    if act == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
+        return F.relu(x, inplace=inplace)
+    if act in GELU:
+        gelu = torch.ops.aten.gelu_ if inplace else F.gelu
+        return gelu(x, approximate=GELU[act])
     return x
 
 
@@ -30,4 +35,7 @@ def linear(
     y = activate(F.linear(x, weight, bias), act)
     if gamma is not None:
         y = y * gamma
-    return y if residual is None else residual + y
+    if residual is None:
+        return y
+    # y is nobody else's either
+    return residual + y if torch.is_grad_enabled() or y.dtype != residual.dtype else y.add_(residual)

@@ -1,0 +1,262 @@
+"""ViT-B/16 and ResNet-50 in float32 on a CPU, beside what people use there, in turn in one process.
+
+    python bench/bench_cpu_peers.py [--batch 8] [--threads N] [--models resnet50] [--json FILE]
+
+Columns: timm or torchvision eager (ResNet in both layouts), fastvr as it is called and prepared, ONNX
+Runtime and OpenVINO (in float32, and with bfloat16 asked for: its name says which precision then ran).
+Each has the error of its logits against float64, as a multiple of eager's; that of a peer is its own affair.
+
+The goal, for which the exit status answers: the prepared model no slower than ONNX Runtime and within 1.1
+times OpenVINO, the plain call no slower than eager in any layout. A peer that is not installed is named and
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import importlib.util
+import io
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import models
+import torch
+from record import commit
+from torch import Tensor, nn
+
+import fastvr
+from fastvr.doctor import environment
+
+PLAIN, PREPARED = "fastvr", "fastvr prepared"
+EAGER, ONNX, OPENVINO = "eager", "ONNX Runtime", "OpenVINO"
+# by column and peer, how many times the peer's time is allowed
+GOALS = {PLAIN: {EAGER: 1.0}, PREPARED: {EAGER: 1.0, ONNX: 1.0, OPENVINO: 1.1}}
+# two calls that do the same thing differ by this much in a median of interleaved runs
+NOISE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """``call`` gives the logits; ``peer`` is which of the goals' peers it is, if it is one."""
+
+    name: str
+    call: Callable[[], Tensor]
+    peer: str | None = None
+
+
+def onnx_file(model: nn.Module, x: Tensor) -> bytes:
+    """``model`` as ONNX for images of x's shape."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # the exporter that needs no further package is the old one, and tells so
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"], output_names=["y"])
+    return file.getvalue()
+
+
+def onnxruntime_column(graph: bytes, x: Tensor, threads: int) -> Iterator[Column]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    given = {"x": x.numpy()}
+    yield Column(ONNX, lambda: torch.from_numpy(session.run(None, given)[0]), ONNX)
+
+
+def openvino_columns(graph: bytes, x: Tensor, threads: int) -> Iterator[Column]:
+    import openvino
+
+    core = openvino.Core()
+    given, seen = x.numpy(), set()
+    for hint in ("f32", "bf16"):
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": hint,
+        }
+        compiled = core.compile_model(core.read_model(graph), "CPU", options)
+        chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        name = f"{OPENVINO} {chosen}" if hint == "f32" else f"{OPENVINO} {chosen} (bf16 asked for)"
+        if name in seen:
+            continue
+        seen.add(name)
+        request = compiled.create_infer_request()
+        yield Column(
+            name,
+            lambda request=request: torch.from_numpy(request.infer({0: given})[0].copy()),  # type: ignore[misc]
+            OPENVINO,
+        )
+
+
+PEERS: dict[str, tuple[str, Callable[[bytes, Tensor, int], Iterator[Column]]]] = {
+    ONNX: ("onnxruntime", onnxruntime_column),
+    OPENVINO: ("openvino", openvino_columns),
+}
+
+
+def columns(pair: models.Pair, x: Tensor, threads: int) -> tuple[list[Column], list[str]]:
+    """The columns, and what is left out with the reason."""
+    contiguous = copy.deepcopy(pair.eager).to(memory_format=torch.contiguous_format)
+    plain = x.contiguous()
+    found = []
+    if pair.name == "resnet50":
+        found.append(Column(f"{pair.baseline} channels_last", models.call(pair.eager, x), EAGER))
+    found.append(Column(f"{pair.baseline} contiguous", models.call(contiguous, plain), EAGER))
+    found.append(Column(PLAIN, models.call(pair.ours, x)))
+    found.append(Column(PREPARED, models.call(fastvr.prepare(pair.ours, x), x)))
+    left_out = []
+    graph: bytes | None = None
+    for name, (package, build) in PEERS.items():
+        absent = [p for p in (package, "onnx") if importlib.util.find_spec(p) is None]
+        if absent:
+            left_out.append(f"{name}: {' and '.join(absent)} not installed")
+            continue
+        graph = graph or onnx_file(contiguous, plain)
+        found.extend(build(graph, plain, threads))
+    return found, left_out
+
+
+def measure(found: list[Column], *, rounds: int, seconds: float) -> list[dict[str, float]]:
+    """Seconds by column, a round each: at least ``rounds``, and no new one after ``seconds``."""
+    for column in found:
+        column.call()
+    taken: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < rounds or time.perf_counter() < end:
+        times = {}
+        # turned round every time, so that nobody always comes after the same neighbour
+        shift = len(taken) % len(found)
+        for column in found[shift:] + found[:shift]:
+            start = time.perf_counter()
+            column.call()
+            times[column.name] = time.perf_counter() - start
+        taken.append(times)
+    return taken
+
+
+def errors(pair: models.Pair, x: Tensor, found: list[Column]) -> dict[str, float]:
+    """By column, the RMS error of the logits against float64, as a multiple of eager's."""
+    eager, exact = models.truth(pair, x)
+
+    def rms(y: Tensor) -> float:
+        return float((y.double() - exact).square().mean().sqrt())
+
+    return {column.name: rms(column.call()) / max(rms(eager), 1e-30) for column in found}
+
+
+def verdicts(found: list[Column], taken: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """For each goal the median over rounds of its ratio, by the fastest column of each peer."""
+    result = []
+    for ours, peers in GOALS.items():
+        for peer, limit in peers.items():
+            names = [column.name for column in found if column.peer == peer]
+            if not names:
+                continue
+            best = min(names, key=lambda name: statistics.median(times[name] for times in taken))
+            ratio = statistics.median(times[ours] / times[best] for times in taken)
+            holds = ratio <= limit * (1 + NOISE)
+            result.append({"column": ours, "peer": best, "ratio": ratio, "limit": limit, "holds": holds})
+    return result
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    pair = models.build(name, torch.float32, "cpu", small=args.small)
+    x = pair.example(args.batch, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        found, left_out = columns(pair, x, args.threads)
+        error = errors(pair, x, found)
+        taken = measure(found, rounds=args.rounds, seconds=args.seconds)
+    best_peer = min(statistics.median(t[c.name] for t in taken) for c in found if c.peer)
+    rows = {
+        column.name: {
+            "ms_per_image": statistics.median(t[column.name] for t in taken) * 1e3 / args.batch,
+            "fastest_ms_per_image": min(t[column.name] for t in taken) * 1e3 / args.batch,
+            "ratio_to_best_peer": statistics.median(t[column.name] for t in taken) / best_peer,
+            "error": error[column.name],
+        }
+        for column in found
+    }
+    return {
+        "model": name,
+        "rounds": len(taken),
+        "columns": rows,
+        "goals": verdicts(found, taken),
+        "left_out": left_out,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['model']}, {result['rounds']} rounds")
+    width = max(map(len, result["columns"]))
+    print(f"{'':{width}}  ms/image  fastest  to best peer  error to eager's")
+    for name, row in result["columns"].items():
+        print(
+            f"{name:{width}}  {row['ms_per_image']:8.2f}  {row['fastest_ms_per_image']:7.2f}"
+            f"  {row['ratio_to_best_peer']:12.2f}  {row['error']:.2f}"
+        )
+    for reason in result["left_out"]:
+        print(f"left out: {reason}")
+    for goal in result["goals"]:
+        word = "holds" if goal["holds"] else "MISSED"
+        print(f"{word}: {goal['column']} / {goal['peer']} = {goal['ratio']:.2f}, goal {goal['limit']}")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "timm", "torchvision", "onnx", "onnxruntime", "openvino"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every column")
+    parser.add_argument("--models", nargs="+", choices=cases.MODELS, default=list(cases.MODELS))
+    parser.add_argument("--rounds", type=int, default=7, help="at least so many")
+    parser.add_argument("--seconds", type=float, default=60.0, help="a model, while rounds may begin")
+    parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    if min(args.batch, args.threads, args.rounds) < 1:
+        parser.error("--batch, --threads and --rounds must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        where = environment(torch.device("cpu"))
+        print(f"{where['cpu']}, {args.threads} threads, batch {args.batch}, float32")
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        results = []
+        for name in args.models:
+            results.append(run(name, args))
+            show(results[-1])
+    finally:
+        torch.set_num_threads(before)
+    if args.json:
+        found = {"environment": where, "versions": versions(), "commit": commit(), "batch": args.batch}
+        args.json.write_text(json.dumps(found | {"models": results}, indent=1) + "\n")
+    return 0 if all(goal["holds"] for result in results for goal in result["goals"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
