@@ -42,7 +42,8 @@ def _batch_norm(
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return F.batch_norm(y, mean, var, weight, bias, False, 0.0, eps)
-    unused = y.new_empty(0)
+    assert mean is not None
+    unused = mean.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
         y, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=unused, save_invstd=unused.clone()
     )
@@ -68,7 +69,8 @@ def conv_bn_relu(
     x = normalize(x, mean, std, weight.dtype)
     y = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
     if running_mean is not None:
-        y = _batch_norm(y, *_one_dtype(y, bn_weight, bn_bias, running_mean, running_var), eps)
+        scale, shift, mean, var = _one_dtype(y, bn_weight, bn_bias, running_mean, running_var)
+        y = _batch_norm(y, scale, shift, mean, var, eps)
     else:
         dtype = y.dtype
         if bn_weight is not None:
