@@ -258,6 +258,9 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
     facts.add_row("CPU", f"{environment['cpu']}, {environment['threads']} threads")
     facts.add_row("interpreter", "on (TRITON_INTERPRET=1)" if found["interpreter"] else "off")
     facts.add_row("C compiler", found["compiler"] or "none found")
+    onednn = found["onednn"]
+    fused = f"for prepared models on the CPU, {', '.join(onednn['dtypes'])}: {', '.join(onednn['ops'])}"
+    facts.add_row("oneDNN", onednn["missing"] or fused)
     facts.add_row("kernel cache", f"{cache['path']}, {'writable' if cache['writable'] else 'NOT WRITABLE'}")
     if gpu:
         for index, table in enumerate(found["tuning"]["tables"]):

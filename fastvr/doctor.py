@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastvr.models  # noqa: F401  (registers the ops)
 from fastvr import backend, tuning
+from fastvr.ops import _mkldnn
 from fastvr.ops._op import OPS
 
 VARIABLES = (
@@ -55,7 +56,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def report() -> dict[str, Any]:
     """Everything that ``fastvr doctor`` shows, JSON-ready: ``environment``, ``packages``, ``interpreter``,
-    ``compiler``, ``cache``, ``tuning``, ``variables``, ``ops`` and ``advice``."""
+    ``compiler``, ``onednn``, ``cache``, ``tuning``, ``variables``, ``ops`` and ``advice``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
         "fastvr": importlib.metadata.version("fastvr"),
@@ -63,6 +64,7 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PEERS},
         "interpreter": backend.interpreting(),
         "compiler": next(filter(None, map(shutil.which, _compilers())), None),
+        "onednn": _onednn(),
         "cache": _cache(),
         "tuning": _table(device),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -93,6 +95,17 @@ def _cpu() -> str:
 def _compilers() -> list[str]:
     # Triton compiles its launcher with $CC, gcc or clang, in that order
     return [name for name in (os.environ.get("CC", ""), "gcc", "clang") if name]
+
+
+def _onednn() -> dict[str, Any]:
+    """``dtypes``: those in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: its
+    ops that may; ``missing``: why none does, or None."""
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(dtype)]
+    return {
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
+        "ops": [name for name, op in OPS.items() if op.vendor is not None],
+        "missing": _mkldnn.missing() or (None if dtypes else "torch.backends.mkldnn is switched off"),
+    }
 
 
 def _cache() -> dict[str, Any]:
@@ -205,13 +218,18 @@ def _advice(found: dict[str, Any], device: torch.device) -> list[str]:
         advice.append(f"{missing_triton}: without it fastvr runs PyTorch. On Linux: pip install triton")
     if device.type == "cpu":
         advice.append(
-            "PyTorch sees no GPU, so fastvr runs PyTorch's own operators: the same numbers, no speed-up. "
+            "PyTorch sees no GPU, so fastvr runs PyTorch's own operators. "
             + (
                 "This PyTorch is built without GPU support."
                 if _cpu_build()
                 else "Check the driver: nvidia-smi."
             )
         )
+        if found["onednn"]["missing"] is None:
+            advice.append(
+                "fastvr.prepare(model, x) is the faster way here: oneDNN's fused calls in "
+                f"{' and '.join(found['onednn']['dtypes'])}, its weights laid out once."
+            )
         if not missing_triton and not found["interpreter"]:
             advice.append(
                 "To run the kernels themselves here, slowly, as a check: fastvr compare does; "

@@ -136,6 +136,19 @@ def test_doctor_as_json() -> None:
     assert found["cache"]["path"]
 
 
+def test_doctor_names_the_vendors_calls_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.report()["onednn"]
+    if found["missing"] is None:
+        assert {"linear", "conv_bn_relu"} <= set(found["ops"])
+        assert "float32" in found["dtypes"]
+        assert "for prepared models on the CPU, float32" in fastvr_command("doctor").stdout
+    monkeypatch.setattr(doctor._mkldnn, "missing", lambda: "this PyTorch is built without oneDNN")
+    found = doctor.report()
+    assert found["onednn"]["dtypes"] == []
+    assert not any("oneDNN" in advice for advice in found["advice"])
+    assert "this PyTorch is built without oneDNN" in fastvr_command("doctor").stdout
+
+
 def test_every_op_is_asked_with_arguments_that_it_takes() -> None:
     for name, args in doctor._arguments(torch.device("meta"), torch.bfloat16).items():
         results = OPS[name].overload(*args)

@@ -19,6 +19,7 @@ import torch
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
+_MOST_SIZES = 256  # that a weight is laid out for; what comes after them takes the first's layout
 
 _packer: contextvars.ContextVar[Callable[[str, tuple[Any, ...]], None] | None] = contextvars.ContextVar(
     "fastvr_packer", default=None
@@ -74,15 +75,44 @@ def _relu_keeps_nan() -> bool:
     return bool(mapped.isnan().all()) and bool(rows.isnan().all())
 
 
+class Layouts:
+    """A weight as oneDNN reads it, for whatever size of x comes.
+
+    Which layout is the best depends on the size, and a weight in another one would be laid out anew at every
+    call. So each size is asked for once; those that want the same layout share it.
+    """
+
+    def __init__(self, pack: Callable[[Sequence[int]], torch.Tensor], size: Sequence[int]) -> None:
+        self._pack = pack
+        self._first = pack(size)
+        self._by_size = {tuple(size): self._first}
+        self._by_layout = {_layout(self._first): self._first}
+
+    def of(self, size: Sequence[int]) -> torch.Tensor:
+        found = self._by_size.get(tuple(size))
+        if found is None:
+            if 0 in size or len(self._by_size) >= _MOST_SIZES:
+                return self._first
+            found = self._pack(size)
+            found = self._by_size[tuple(size)] = self._by_layout.setdefault(_layout(found), found)
+        return found
+
+
+def _layout(packed: torch.Tensor) -> bytes:
+    """What tells one layout from another; all the same where PyTorch does not tell."""
+    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
+    return b"" if describe is None else bytes(describe(packed).numpy().tobytes())
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A weight as oneDNN reads it. Where ``scale`` was multiplied into it, ``bias`` is its ``shift``.
+    """A weight that oneDNN has laid out. Where ``scale`` was multiplied into it, ``bias`` is its ``shift``.
 
     ``gelu``: whether oneDNN's GELU is to be fused; with AVX2 alone it is slower than PyTorch's own pass.
     ``onto_residual``: whether the result may be written over the residual, since nobody reads that again.
     """
 
-    weight: torch.Tensor
+    layouts: Layouts
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -101,8 +131,15 @@ def kept(weight: torch.Tensor) -> Packed | None:
 
 
 def pack_linear(weight: torch.Tensor, rows: int) -> Packed:
-    """``weight`` [out_features, in_features] laid out for about ``rows`` rows; any number may come."""
-    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows))
+    """``weight`` [out_features, in_features] laid out for ``rows`` rows; any number may come."""
+    # without the attributes of a Parameter, which will lead here
+    weight = weight.detach()
+
+    def pack(size: Sequence[int]) -> torch.Tensor:
+        layout: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), *size)
+        return layout
+
+    return Packed(Layouts(pack, (rows,)))
 
 
 def pack_convolution(
@@ -116,18 +153,19 @@ def pack_convolution(
 ) -> Packed:
     """``scale`` [O] times ``weight`` [O, C / groups, kh, kw], laid out for an x of ``size``; any may come."""
     weight = weight.detach()
-    if scale is not None:
-        # one rounding of the product, whatever the two dtypes
-        weight = (weight.double() * scale.double()[:, None, None, None]).to(weight.dtype)
-    layout = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(memory_format=torch.channels_last),
-        list(padding),
-        list(stride),
-        [1, 1],
-        groups,
-        list(size),
-    )
-    return Packed(layout, None if shift is None else shift.to(weight.dtype), scale, shift)
+
+    def pack(size: Sequence[int]) -> torch.Tensor:
+        scaled = weight
+        if scale is not None:
+            # one rounding of the product, whatever the two dtypes
+            scaled = (weight.double() * scale.double()[:, None, None, None]).to(weight.dtype)
+        scaled = scaled.contiguous(memory_format=torch.channels_last)
+        layout: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            scaled, list(padding), list(stride), [1, 1], groups, list(size)
+        )
+        return layout
+
+    return Packed(Layouts(pack, size), None if shift is None else shift.to(weight.dtype), scale, shift)
 
 
 def linear(
@@ -139,7 +177,7 @@ def linear(
     act: str,
 ) -> torch.Tensor:
     """``residual + gamma * act(x @ weight.T + bias)`` for a packed ``weight``; arguments as the op's."""
-    ops, weight = torch.ops.mkldnn, packed.weight
+    ops, weight = torch.ops.mkldnn, packed.layouts.of((x.numel() // max(x.shape[-1], 1),))
     if act == "none" and gamma is None and residual is not None and residual.dtype == x.dtype:
         y: torch.Tensor = ops._linear_pointwise.binary(x, residual, weight, bias, "add")
         return y
@@ -164,7 +202,7 @@ def conv_bn_relu(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """``act(conv(x) * scale + shift + residual)`` for a packed weight, channels_last."""
-    ops, weight, bias = torch.ops.mkldnn, packed.weight, packed.bias
+    ops, weight, bias = torch.ops.mkldnn, packed.layouts.of(x.shape), packed.bias
     where = (list(padding), list(stride), [1, 1], groups)
     fused = act if act == "relu" and _relu_keeps_nan() else "none"
     y: torch.Tensor

@@ -456,3 +456,20 @@ def test_flops_and_bytes(device):
     cost = CONV_BN_RELU.cost(given["x"], given["weight"], *vectors, *options)
     # a quarter of x
     assert cost.bytes == 4 * (2 * 8 * 9 + 12 * 4 + 4 * 12 + 2 * 12 * 9)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("vectors", [None, torch.float32], ids=["own", "float32"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_reference_without_gradients_is_the_reference_with_them(dtype, vectors, affine, layout) -> None:
+    for size in ((2, 8, 6, 5), (1, 8, 1, 1), (0, 8, 4, 4)):
+        x, weight = (randn(*s, dtype=dtype).contiguous(memory_format=layout) for s in (size, (13, 8, 1, 1)))
+        pair = [randn(13, dtype=vectors or dtype) if affine else None for _ in range(2)]
+        moments = [randn(13, dtype=vectors or dtype), torch.rand(13).add(0.5).to(vectors or dtype)]
+        before = x.clone()
+        expected = reference(x, weight, *pair, *moments)
+        with torch.no_grad():
+            actual = reference(x, weight, *pair, *moments)
+        assert torch.equal(actual, expected)
+        assert torch.equal(x, before)

@@ -176,6 +176,23 @@ def test_maps_of_few_pixels(n, onto, size) -> None:
     assert_parity(_op(args), eager, exact)
 
 
+def test_sizes_share_the_layouts_that_they_want() -> None:
+    asked = []
+
+    def pack(size):
+        asked.append(size)
+        return torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 32), *size)
+
+    layouts = _mkldnn.Layouts(pack, (8,))
+    first = layouts.of((8,))
+    kinds = {id(layouts.of((rows,))) for rows in range(300) for _ in range(2)}
+    # 0 rows have no layout of their own, and beyond the most sizes no new one is asked for
+    assert len(asked) == len(set(asked)) == _mkldnn._MOST_SIZES
+    assert id(first) in kinds
+    described = {_mkldnn._layout(pack((rows,))) for rows in range(1, 20)}
+    assert len(kinds) <= len(described) + 1
+
+
 def test_uint8_images() -> None:
     args = _convolution("7x7 stride 2", torch.float32, residual=False)
     args[0] = torch.randint(0, 256, args[0].shape, dtype=torch.uint8)
