@@ -124,7 +124,7 @@ def _distinct(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-class _FlashAttention(TorchFunctionMode):
+class FlashAttention(TorchFunctionMode):
     """On meta tensors SDPA would fall apart into its math, which no GPU runs."""
 
     def __torch_function__(
@@ -151,7 +151,7 @@ class _Counter(TorchDispatchMode):
     def run(self, model: Callable[[Tensor], Any], example: Tensor) -> None:
         if isinstance(model, nn.Module):
             model = meta_copy(model)
-        with torch.no_grad(), _FlashAttention():
+        with torch.no_grad(), FlashAttention():
             x = torch.empty_like(example, device="meta", requires_grad=False)
             with self:
                 model(x)
