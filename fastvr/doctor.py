@@ -98,8 +98,8 @@ def _compilers() -> list[str]:
 
 
 def _onednn() -> dict[str, Any]:
-    """``dtypes``: in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: which of its
-    ops may; ``missing``: why none does, or None."""
+    """``dtypes``: in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: which of
+    its ops may; ``missing``: why none does, or None."""
     dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(dtype)]
     return {
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
