@@ -3,8 +3,8 @@
     python bench/memory.py [--batch 64] [--arch sm_90] [--json FILE | --json -]
 
 Counted with saved-tensor hooks on meta tensors: every storage that autograd keeps, once, parameters and
-buffers apart. "eager" is timm's and torchvision's model where they are installed, with attention as FlashAttention
-keeps it; "fastvr" runs every op on its Triton kernel.
+buffers apart. "eager" is timm's and torchvision's model where they are installed, attention keeping what
+FlashAttention keeps; "fastvr" runs every op on its Triton kernel.
 """
 
 from __future__ import annotations
