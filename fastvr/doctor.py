@@ -98,8 +98,8 @@ def _compilers() -> list[str]:
 
 
 def _onednn() -> dict[str, Any]:
-    """``dtypes``: in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: which of
-    its ops may; ``missing``: why none does, or None."""
+    """``dtypes``: those in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: its
+    ops that may; ``missing``: why none does, or None."""
     dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(dtype)]
     return {
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
@@ -185,6 +185,7 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "patch_embed": patches,
         "patch_embed_stats": patches,
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
+        "layer_norm_backward": (tokens, tokens, t(d), 1e-6, True, True),
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
         "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
         "norm_linear": (tokens, stats, t(d, d), torch.empty(d, device=device), t(d), 1e-6, "none"),
@@ -198,6 +199,10 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),
+        "conv_bn_relu_max_pool": (
+            *(t(8, 3, 224, 224), t(64, 3, 7, 7), *norm, 1e-5, [2, 2], [3, 3]),
+            *([3, 3], [2, 2], [1, 1], None, None),
+        ),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
     }
