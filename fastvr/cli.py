@@ -259,8 +259,8 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
     facts.add_row("interpreter", "on (TRITON_INTERPRET=1)" if found["interpreter"] else "off")
     facts.add_row("C compiler", found["compiler"] or "none found")
     onednn = found["onednn"]
-    told = f"for prepared models on the CPU, {', '.join(onednn['dtypes'])}: {', '.join(onednn['ops'])}"
-    facts.add_row("oneDNN", onednn["missing"] or told)
+    fused = f"for prepared models on the CPU, {', '.join(onednn['dtypes'])}: {', '.join(onednn['ops'])}"
+    facts.add_row("oneDNN", onednn["missing"] or fused)
     facts.add_row("kernel cache", f"{cache['path']}, {'writable' if cache['writable'] else 'NOT WRITABLE'}")
     if gpu:
         for index, table in enumerate(found["tuning"]["tables"]):
