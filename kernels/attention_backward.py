@@ -271,7 +271,18 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
     program's own, BLOCK_N those it walks at a time."""
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
-    raise NotImplementedError
+    wide = head_dim > 64
+    if arch.startswith("gfx"):
+        if dtype == torch.float32:
+            return [_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)]
+        return [_tile(64, 32, 4, 2)] if wide else [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2)]
+    if dtype == torch.float32:
+        # as forward: products without a matrix instruction unroll the inner dimension into registers
+        return [_tile(32, 16, 8, 1), _tile(16, 16, 4, 1)]
+    if wide:
+        # the sums of dk and dv alone take 128 registers of each thread of four warps
+        return [_tile(64, 32, 8, 2), _tile(64, 32, 4, 1)]
+    return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
 
 
 def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:
@@ -333,7 +344,8 @@ def launch_attention_bwd(
         stride_qm=q.stride(1),
         stride_kb=kv.stride(0),
         stride_kn=kv.stride(1),
-        scale=scale,
+        # one score's softmax is 1 whatever the score: rounding must not leave it a gradient
+        scale=scale if N > 1 else 0.0,
         scale_log2=scale * LOG2_E,
         KEY_COLUMN=kv.shape[2] - 2 * width,
         DQ_WIDTH=0 if dq is None else dq.shape[2],
