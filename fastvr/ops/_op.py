@@ -194,7 +194,7 @@ class Op(Generic[_Result]):
         device = args[0].device
         if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
             forced = backend.current_backend() == "triton"
-            return training(*args)[0] if forced else self.reference(*args)  # type: ignore[no-any-return]
+            return training(*args)[0] if forced else self.reference(*args)
         if backend.kernels_possible(device) and training._kernel_runs(args, device):
             return training(*args)[0]  # type: ignore[no-any-return]
         return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]

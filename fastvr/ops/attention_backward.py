@@ -1,5 +1,5 @@
-"""attention_backward: the gradient of attention, packed as qkv is; attention_kv_backward: that of attention_kv.
-Two launches, deterministic."""
+"""attention_backward: attention's gradient, packed as qkv is; attention_kv_backward: attention_kv's. Two
+launches, deterministic."""
 
 from __future__ import annotations
 
