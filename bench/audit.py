@@ -224,7 +224,7 @@ def show(rows: list[Row], seconds: float) -> None:
         where = " ".join(part for part in (row.arch, row.op, row.dtype, row.label, row.config) if part)
         print(f"FAILED {where}: {'; '.join(row.failures)}")
     heads = ("arch", "op", "dtype", "binaries", "registers", "shared", "CTAs/SM")
-    print("\n{:8}{:18}{:10}{:>9}{:>11}{:>9}{:>9}  matrix".format(*heads))
+    print("\n{:8}{:23}{:10}{:>9}{:>11}{:>9}{:>9}  matrix".format(*heads))
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.kernel and row.arch != "source":
@@ -235,7 +235,7 @@ def show(rows: list[Row], seconds: float) -> None:
         registers = f"{min(r.registers for r in group)}-{max(r.registers for r in group)}"
         mma = sorted({name.split(":")[0] for row in group for name in row.mma.split()})
         shared = max(r.shared for r in group)
-        print(f"{arch:8}{op:18}{dtype:10}{len(group):>9}{registers:>11}{shared:>9}{span:>9}  {' '.join(mma)}")
+        print(f"{arch:8}{op:23}{dtype:10}{len(group):>9}{registers:>11}{shared:>9}{span:>9}  {' '.join(mma)}")
     print(f"\n{len(rows) - len(failed)} binaries pass, {len(failed)} fail ({seconds:.0f} s)")
 
 

@@ -253,6 +253,14 @@ def test_the_operator_of_a_traced_program_is_differentiable(device):
     assert torch.equal(dqkv, gradient(qkv, grad))
 
 
+def test_autocast(device):
+    """Products in its dtype, the gradient in the argument's own."""
+    qkv, grad = randn(2, 9, 192, device=device), randn(2, 9, 64, dtype=torch.bfloat16, device=device)
+    with torch.autocast(qkv.device.type, dtype=torch.bfloat16):
+        dqkv = gradient(qkv, grad)
+    assert torch.equal(dqkv, gradient(qkv.bfloat16(), grad).float())
+
+
 def test_no_second_derivative(device):
     qkv = randn(2, 9, 192, device=device, requires_grad=True)
     with triton_forced(), pytest.raises(NotImplementedError, match="attention_training has no second deriv"):
