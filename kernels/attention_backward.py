@@ -278,7 +278,7 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
         return [_tile(64, 32, 4, 2)] if wide else [_tile(64, 64, 4, 1), _tile(64, 32, 4, 2)]
     if dtype == torch.float32:
         # as forward: products without a matrix instruction unroll the inner dimension into registers
-        if arch == "sm_80" and not wide:
+        if arch in ("sm_80", "sm_86", "sm_89") and not wide:
             # ptxas holds the other to few registers, for the sake of one program more, and spills
             return [_tile(16, 16, 4, 1)]
         return [_tile(32, 16, 8, 1), _tile(16, 16, 4, 1)]
