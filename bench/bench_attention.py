@@ -4,3 +4,5 @@ from harness import op_benchmark
 
 test_attention = op_benchmark("attention")
 test_attention_kv = op_benchmark("attention_kv")
+test_attention_training = op_benchmark("attention_training")
+test_attention_kv_training = op_benchmark("attention_kv_training")

@@ -45,6 +45,10 @@ class Case:
         return f"{self.op}[{self.label} b{self['batch']}]"
 
 
+_ATTENTION = ("attention", "attention_training", "attention_backward")
+_ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
+
+
 def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
     size: dict[str, Any] = {"batch": batch, "tokens": tokens}
     image = {"batch": batch, "channels": 3, "height": 224, "width": 224, "patch": 16, "dim": dim}
@@ -64,10 +68,11 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
         ],
-        "attention": [Case.of("attention", name, **size, heads=dim // 64, head_dim=64)],
-        "attention_kv": [
-            Case.of("attention_kv", f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)
-        ],
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in _ATTENTION},
+        **{
+            op: [Case.of(op, f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)]
+            for op in _ATTENTION_KV
+        },
         "patch_embed": [
             Case.of("patch_embed", name, **image),
             Case.of("patch_embed", f"{name} uint8", **image, uint8=True),
@@ -172,10 +177,11 @@ SMALL: dict[str, list[Case]] = {
     ],
     "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
     "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
-    "attention": [Case.of("attention", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)],
-    "attention_kv": [
-        Case.of("attention_kv", "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)
-    ],
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in _ATTENTION},
+    **{
+        op: [Case.of(op, "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)]
+        for op in _ATTENTION_KV
+    },
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
     ],
@@ -240,6 +246,14 @@ def cases(op: str, *, real: bool) -> list[Case]:
 # What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
 # is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
 _Kinds = dict[str, list[dict[str, Any]]]
+_HEADS: list[dict[str, Any]] = [
+    {"heads": heads, "head_dim": dim}
+    for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
+]
+_HEADS_KV: list[dict[str, Any]] = [
+    {"heads": heads, "head_dim": dim, "queries": queries}
+    for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
+]
 _KINDS: _Kinds = {
     "linear": [
         {"act": "none"},
@@ -249,14 +263,8 @@ _KINDS: _Kinds = {
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
     "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
-    "attention": [
-        {"heads": heads, "head_dim": dim}
-        for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
-    ],
-    "attention_kv": [
-        {"heads": heads, "head_dim": dim, "queries": queries}
-        for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
-    ],
+    **dict.fromkeys(_ATTENTION, _HEADS),
+    **dict.fromkeys(_ATTENTION_KV, _HEADS_KV),
     "patch_embed": [
         {"channels": 3, "patch": 16},
         {"channels": 3, "patch": 14, "prefix": 5},
@@ -338,7 +346,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
     if op in ("linear", "linear_stats", "norm_linear"):
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op in ("attention", "attention_kv"):
+    elif op in _ATTENTION + _ATTENTION_KV:
         drawn |= {"tokens": tokens}
     elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))

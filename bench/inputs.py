@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastvr import backend
+from fastvr.ops._op import OPS
+from fastvr.reference.attention import attention_kv_training, attention_training
 from fastvr.reference.linear_stats import row_stats
 from fastvr.tuner.calls import SchemaCalls, on_meta
 from fastvr.tuner.gate import absolute_floor as _absolute_floor
 
 _MODULES = {
     "attention_kv": "attention",
+    "attention_training": "attention",
+    "attention_kv_training": "attention",
+    "attention_kv_backward": "attention_backward",
     "bottleneck_chain": "bottleneck",
     "max_pool": "pool",
     "avg_pool_linear": "pool",
@@ -117,6 +122,29 @@ def _attention_kv(case: Case, make: _Maker) -> dict[str, Any]:
     heads, width = case["heads"], case["heads"] * case["head_dim"]
     q, kv = make.normal(case["batch"], case["queries"], width), make.normal(*_rows(case), 2 * width)
     return {"q": q, "kv": kv, "num_heads": heads}
+
+
+def _attention_training(case: Case, make: _Maker) -> dict[str, Any]:
+    return _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
+
+
+def _attention_kv_training(case: Case, make: _Maker) -> dict[str, Any]:
+    return _attention_kv(case, make) | {"scale": case["head_dim"] ** -0.5}
+
+
+def _attention_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _attention_training(case, make)
+    y, lse = attention_training(**given)
+    rest = {"y": y, "lse": lse, "num_heads": given["num_heads"], "scale": given["scale"]}
+    return {"grad": make.normal(*y.shape), "qkv": given["qkv"], **rest}
+
+
+def _attention_kv_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _attention_kv_training(case, make)
+    y, lse = attention_kv_training(**given)
+    rest = {"y": y, "lse": lse, "num_heads": given["num_heads"], "scale": given["scale"]}
+    needs = {"needs_q": True, "needs_kv": True}
+    return {"grad": make.normal(*y.shape), "q": given["q"], "kv": given["kv"], **rest, **needs}
 
 
 def _patch_embed(case: Case, make: _Maker) -> dict[str, Any]:
@@ -278,6 +306,10 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "norm_linear": _norm_linear,
     "attention": _attention,
     "attention_kv": _attention_kv,
+    "attention_training": _attention_training,
+    "attention_kv_training": _attention_kv_training,
+    "attention_backward": _attention_backward,
+    "attention_kv_backward": _attention_kv_backward,
     "patch_embed": _patch_embed,
     "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
@@ -313,8 +345,6 @@ def absolute_floor(case: Case) -> float:
 
 def cost(op: str, arguments: dict[str, Any]) -> tuple[int, int]:
     """(FLOPs, bytes) that one call must do at least, by the op's own ``cost``."""
-    from fastvr.ops._op import OPS
-
     schema = SchemaCalls()
     # on any GPU: without one an op that fuses others is its parts
     with backend.use_backend("triton"), backend.assume_architecture("sm_90"), schema:

@@ -177,6 +177,8 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     # a LayerNorm's statistics, in chunks of 64
     stats = torch.empty((8 * 197, d // 64, 2), device=device)
     norm = (t(64), t(64), t(64), t(64))
+    attention, class_token = (t(8, 197, 3 * d), 12, 0.125), (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125)
+    lse = torch.empty((8, 12, 197), device=device)
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
@@ -189,8 +191,15 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
         "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
         "norm_linear": (tokens, stats, t(d, d), torch.empty(d, device=device), t(d), 1e-6, "none"),
-        "attention": (t(8, 197, 3 * d), 12, 0.125),
-        "attention_kv": (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125),
+        "attention": attention,
+        "attention_kv": class_token,
+        "attention_training": attention,
+        "attention_kv_training": class_token,
+        "attention_backward": (tokens, attention[0], tokens, lse, *attention[1:]),
+        "attention_kv_backward": (
+            *(class_token[0], *class_token[:2], class_token[0], lse[:, :, :1]),
+            *(*class_token[2:], True, True),
+        ),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
         "dual_conv_bn_relu": (

@@ -6,6 +6,9 @@ queries of one head and walks the keys once with an online softmax (Milakov and 
 FlashAttention, Dao et al., 2022): scores, maxima, sums and the accumulator are float32, the unnormalised
 probabilities are rounded to v's dtype before the second product, and the result is rounded once.
 
+For the gradient the same kernel also leaves each query's log-sum-exp, in base 2 as it computes it: what
+backward subtracts is then rounded once, and the errors of a score's own rounding cancel.
+
 Vision sequences are a few keys longer than a multiple of 64 (a class token, registers): whole blocks run
 without masks, and what is left runs in steps of 16, so that one extra key does not cost a block of 64.
 """
@@ -69,6 +72,7 @@ def _attention_fwd_kernel(
     q_ptr,  # [B, M, H, D]
     k_ptr,  # [B, N, 2, H, D]: keys, then values
     y_ptr,  # [B, M, H, D], contiguous
+    lse_ptr,  # [B, H, M] float32, or None: the base-2 logarithm of the sum of 2 ** (score * scale_log2)
     M,
     N,
     stride_qb,
@@ -130,6 +134,9 @@ def _attention_fwd_kernel(
 
     acc *= (1.0 / total)[:, None]
     offs_m = tl.arange(0, BLOCK_M)
+    if lse_ptr is not None:
+        lse_ptrs = lse_ptr + (sample * NUM_HEADS + head) * M + first + offs_m
+        tl.store(lse_ptrs, running_max + tl.log2(total), mask=offs_m < M - first)
     y_head = y_ptr + (sample * M + first) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
     y_ptrs = y_head + (offs_m[:, None] * (NUM_HEADS * HEAD_DIM) + offs_d[None, :])
     mask = (offs_m < M - first)[:, None] & columns[None, :]
@@ -182,6 +189,7 @@ def launch_attention_fwd(
     q: torch.Tensor,  # [B, M, H * D], or packed qkv [B, N, 3 * H * D] again; last dimension contiguous
     kv: torch.Tensor,  # [B, N, 2 * H * D], or packed qkv [B, N, 3 * H * D]; last dimension contiguous
     y: torch.Tensor,  # [B, M, H * D], contiguous
+    lse: torch.Tensor | None = None,  # [B, H, M] float32, contiguous
     num_heads: int,
     scale: float,
     config: dict[str, int],
@@ -193,6 +201,7 @@ def launch_attention_fwd(
         "q_ptr": q,
         "k_ptr": kv,
         "y_ptr": y,
+        "lse_ptr": lse,
         "M": M,
         "N": kv.shape[1],
         "stride_qb": q.stride(0),

@@ -89,6 +89,8 @@ class Op(Generic[_Result]):
             does not apply. Counts itself (:func:`fastvr.backend.ran`).
         returns: of the schema; more than one tensor takes a ``gradient`` or ``differentiable=False``.
         gradient: by kernels; None is the gradient of the reference.
+        training: the op that runs in this one's place where a gradient is needed and kernels run: the same
+            arguments, this op's result first, and behind it what its gradient reads.
         differentiable: False for an op that only inference uses, or that is itself part of a gradient. It
             refuses tensors that need one.
 
@@ -111,6 +113,7 @@ class Op(Generic[_Result]):
         vendor: Callable[[_Arguments], _Result | None] | None = None,
         returns: str = "Tensor",
         gradient: Gradient[_Arguments] | None = None,
+        training: Op[Any] | None = None,
         differentiable: bool = True,
     ) -> None:
         def spread(function: Callable[[_Arguments], _Value]) -> Callable[..., _Value]:
@@ -124,6 +127,7 @@ class Op(Generic[_Result]):
         self.cost = spread(cost)
         self.parts = parts
         self.vendor = None if vendor is None else spread(vendor)
+        self.training = training
         self.differentiable = differentiable
         self._arguments = arguments
         self._gradient = gradient
@@ -163,6 +167,8 @@ class Op(Generic[_Result]):
         possible = backend.kernels_possible(device)
         if not self.differentiable and torch.is_grad_enabled() and _any_requires_grad(args):
             raise NotImplementedError(f"fastvr.{self.name} has no gradient: call it under torch.no_grad()")
+        if self.training is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+            return self._train(self.training, args)
         # sizes may be symbols there, and a fake tensor's GPU may not exist: neither can be looked up
         if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
             if self.parts is not None:
@@ -197,6 +203,17 @@ class Op(Generic[_Result]):
         if self.unsupported(*args) is not None:
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         return self(*args)
+
+    def _train(self, training: Op[Any], args: tuple[Any, ...]) -> _Result:
+        """Where PyTorch runs instead, then with its own backward: it keeps what it needs in its own way. A
+        compiler gets that too unless kernels are forced, since what runs has to be known here."""
+        device = args[0].device
+        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
+            forced = backend.current_backend() == "triton"
+            return training(*args)[0] if forced else self.reference(*args)
+        if backend.kernels_possible(device) and training._kernel_runs(args, device):
+            return training(*args)[0]  # type: ignore[no-any-return]
+        return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]

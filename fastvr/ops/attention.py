@@ -1,5 +1,5 @@
 """attention: softmax(scale * q k') v for every head, from packed qkv, one launch; attention_kv: the same for
-queries that come by themselves."""
+queries that come by themselves. With `_training` they also leave what their gradient needs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op, nbytes
+from fastvr.ops._heads import reachable, refused
+from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.attention_backward import ATTENTION_BACKWARD, ATTENTION_KV_BACKWARD
 from fastvr.reference.attention import attention as reference
 from fastvr.reference.attention import attention_kv as reference_kv
+from fastvr.reference.attention import attention_kv_training as reference_kv_training
+from fastvr.reference.attention import attention_training as reference_training
 
 
 def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) -> torch.Tensor:
@@ -104,12 +108,16 @@ def _checked_scale(op: str, scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def table_key(batch: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> str:
-    return tuning.key("attention", dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim)
+def table_key(
+    batch: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, op: str = "attention"
+) -> str:
+    return tuning.key(op, dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim)
 
 
-def table_key_kv(batch: int, m: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> str:
-    return tuning.key("attention_kv", dtype, b=tuning.bucket(batch), m=m, n=n, h=num_heads, d=head_dim)
+def table_key_kv(
+    batch: int, m: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, op: str = "attention_kv"
+) -> str:
+    return tuning.key(op, dtype, b=tuning.bucket(batch), m=m, n=n, h=num_heads, d=head_dim)
 
 
 class Arguments(NamedTuple):
@@ -136,22 +144,53 @@ def _sizes_kv(a: ArgumentsKV) -> tuple[int, int, int, int, int]:
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
+    return _run(a, "attention")
+
+
+def _kernel_training(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, n, num_heads, _ = _sizes(a)
+    lse = _empty_lse(a.qkv, batch, num_heads, n)
+    return _run(a, "attention_training", lse), lse
+
+
+def _run(a: Arguments, op: str, lse: torch.Tensor | None = None) -> torch.Tensor:
     batch, n, num_heads, head_dim = _sizes(a)
     y = backend.empty((batch, n, num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
-    qkv = _reachable(a.qkv)
-    _launch("attention", table_key(*_sizes(a), y.dtype), qkv, qkv, y, num_heads, a.scale)
+    qkv = reachable(a.qkv)
+    _launch(op, table_key(*_sizes(a), y.dtype, op), qkv, qkv, y, lse, num_heads, a.scale)
     return y
 
 
 def _kernel_kv(a: ArgumentsKV) -> torch.Tensor:
+    return _run_kv(a, "attention_kv")
+
+
+def _kernel_kv_training(a: ArgumentsKV) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, m, _, num_heads, _ = _sizes_kv(a)
+    lse = _empty_lse(a.q, batch, num_heads, m)
+    return _run_kv(a, "attention_kv_training", lse), lse
+
+
+def _run_kv(a: ArgumentsKV, op: str, lse: torch.Tensor | None = None) -> torch.Tensor:
     y = backend.empty(a.q.shape, dtype=a.q.dtype, device=a.q.device)
-    key = table_key_kv(*_sizes_kv(a), y.dtype)
-    _launch("attention_kv", key, _reachable(a.q), _reachable(a.kv), y, a.num_heads, a.scale)
+    key = table_key_kv(*_sizes_kv(a), y.dtype, op)
+    _launch(op, key, reachable(a.q), reachable(a.kv), y, lse, a.num_heads, a.scale)
     return y
 
 
+def _empty_lse(x: torch.Tensor, batch: int, num_heads: int, m: int) -> torch.Tensor:
+    return backend.empty((batch, num_heads, m), dtype=torch.float32, device=x.device)
+
+
 def _launch(
-    op: str, key: str, q: torch.Tensor, kv: torch.Tensor, y: torch.Tensor, num_heads: int, scale: float
+    op: str,
+    key: str,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
 ) -> None:
     from fastvr.kernels.attention import (
         FEW_QUERIES,
@@ -171,12 +210,7 @@ def _launch(
         default=lambda: default_config(y.dtype, arch, head_dim=head_dim, few=few),
         candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, few=few),
     )
-    launch_attention_fwd(q=q, kv=kv, y=y, num_heads=num_heads, scale=scale, config=config)
-
-
-def _reachable(x: torch.Tensor) -> torch.Tensor:
-    """The kernel reads contiguous heads, and reaches the rows of a block by 32-bit offsets."""
-    return x if x.stride(2) == 1 and x.stride(1) < 2**23 else x.contiguous()
+    launch_attention_fwd(q=q, kv=kv, y=y, lse=lse, num_heads=num_heads, scale=scale, config=config)
 
 
 def _fake(a: Arguments) -> torch.Tensor:
@@ -188,18 +222,24 @@ def _fake_kv(a: ArgumentsKV) -> torch.Tensor:
     return a.q.new_empty(a.q.shape)
 
 
-def _refused(head_dim: int, scale: float) -> str | None:
-    if head_dim % 8 or not 32 <= head_dim <= 128:
-        return f"head_dim {head_dim}; the kernel takes 32 to 128 in multiples of 8"
-    return f"scale {scale}; the kernel takes positive ones" if scale <= 0 else None
+def _fake_training(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, n, num_heads, _ = _sizes(a)
+    dtype = torch.promote_types(a.qkv.dtype, torch.float32)
+    return _fake(a), a.qkv.new_empty((batch, num_heads, n), dtype=dtype)
+
+
+def _fake_kv_training(a: ArgumentsKV) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, m, _, num_heads, _ = _sizes_kv(a)
+    dtype = torch.promote_types(a.q.dtype, torch.float32)
+    return _fake_kv(a), a.q.new_empty((batch, num_heads, m), dtype=dtype)
 
 
 def _unsupported(a: Arguments) -> str | None:
-    return _refused(_sizes(a)[-1], a.scale) or _check.kernel_dtypes(a.qkv)
+    return refused(_sizes(a)[-1], a.scale) or _check.kernel_dtypes(a.qkv)
 
 
 def _unsupported_kv(a: ArgumentsKV) -> str | None:
-    return _refused(_sizes_kv(a)[-1], a.scale) or _check.kernel_dtypes(a.q)
+    return refused(_sizes_kv(a)[-1], a.scale) or _check.kernel_dtypes(a.q)
 
 
 def _measured(a: Arguments) -> str:
@@ -209,6 +249,16 @@ def _measured(a: Arguments) -> str:
 
 def _measured_kv(a: ArgumentsKV) -> str:
     return tuning.choice(table_key_kv(*_sizes_kv(a), a.q.dtype), a.q.device, "reference")
+
+
+def _measured_training(a: Arguments) -> str:
+    key = table_key(*_sizes(a), a.qkv.dtype, "attention_training")
+    return tuning.choice(key, a.qkv.device, "reference")
+
+
+def _measured_kv_training(a: ArgumentsKV) -> str:
+    key = table_key_kv(*_sizes_kv(a), a.q.dtype, "attention_kv_training")
+    return tuning.choice(key, a.q.device, "reference")
 
 
 def _cost(a: Arguments) -> Cost:
@@ -221,6 +271,71 @@ def _cost_kv(a: ArgumentsKV) -> Cost:
     return Cost(4 * a.kv.shape[1] * a.q.numel(), nbytes(a) + nbytes([a.q]))
 
 
+def _cost_training(a: Arguments) -> Cost:
+    cost = _cost(a)
+    return Cost(cost.flops, cost.bytes + nbytes(_fake_training(a)[1:]))
+
+
+def _cost_kv_training(a: ArgumentsKV) -> Cost:
+    cost = _cost_kv(a)
+    return Cost(cost.flops, cost.bytes + nbytes(_fake_kv_training(a)[1:]))
+
+
+def _backward(
+    a: Arguments, results: tuple[torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return {"qkv": ATTENTION_BACKWARD(grad, a.qkv, *results, a.num_heads, a.scale)}
+
+
+def _backward_kv(
+    a: ArgumentsKV, results: tuple[torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    asked = "q" in needs, "kv" in needs
+    dq, dkv = ATTENTION_KV_BACKWARD(grad, a.q, a.kv, *results, a.num_heads, a.scale, *asked)
+    return {"q": dq, "kv": dkv}
+
+
+ATTENTION_TRAINING = Op(
+    "attention_training",
+    "Tensor qkv, int num_heads, float scale",
+    arguments=Arguments,
+    kernel=_kernel_training,
+    reference=reference_training,
+    fake=_fake_training,
+    unsupported=_unsupported,
+    measured=_measured_training,
+    cost=_cost_training,
+    returns="(Tensor, Tensor)",
+    gradient=Gradient(saves=lambda needs: ("qkv", 0, 1), backward=_backward),
+)
+ATTENTION_KV_TRAINING = Op(
+    "attention_kv_training",
+    "Tensor q, Tensor kv, int num_heads, float scale",
+    arguments=ArgumentsKV,
+    kernel=_kernel_kv_training,
+    reference=reference_kv_training,
+    fake=_fake_kv_training,
+    unsupported=_unsupported_kv,
+    measured=_measured_kv_training,
+    cost=_cost_kv_training,
+    returns="(Tensor, Tensor)",
+    gradient=Gradient(saves=lambda needs: ("q", "kv", 0, 1), backward=_backward_kv),
+)
+
+
+# A traced program holds the operator itself, and somebody may differentiate it later
+def _backward_of_traced(
+    a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return _backward(a, ATTENTION_TRAINING(*a), grad, needs)
+
+
+def _backward_of_traced_kv(
+    a: ArgumentsKV, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return _backward_kv(a, ATTENTION_KV_TRAINING(*a), grad, needs)
+
+
 ATTENTION = Op(
     "attention",
     "Tensor qkv, int num_heads, float scale",
@@ -231,6 +346,8 @@ ATTENTION = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    gradient=Gradient(saves=lambda needs: ("qkv",), backward=_backward_of_traced),
+    training=ATTENTION_TRAINING,
 )
 ATTENTION_KV = Op(
     "attention_kv",
@@ -242,4 +359,6 @@ ATTENTION_KV = Op(
     unsupported=_unsupported_kv,
     measured=_measured_kv,
     cost=_cost_kv,
+    gradient=Gradient(saves=lambda needs: ("q", "kv"), backward=_backward_of_traced_kv),
+    training=ATTENTION_KV_TRAINING,
 )

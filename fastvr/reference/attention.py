@@ -1,6 +1,9 @@
-"""softmax(scale * q k') v for every head of packed qkv, or of queries beside packed keys and values."""
+"""softmax(scale * q k') v for every head of packed qkv, or of queries beside packed keys and values; and with
+what their gradient needs, the base-2 logarithm of every query's sum of exp(scale * q k')."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,3 +21,21 @@ def attention_kv(q: torch.Tensor, kv: torch.Tensor, num_heads: int, scale: float
     k, v = rearrange(kv, "b n (kv h d) -> kv b h n d", kv=2, h=num_heads).unbind(0)
     y = F.scaled_dot_product_attention(heads, k, v, scale=scale)
     return rearrange(y, "b h m d -> b m (h d)")
+
+
+def attention_training(qkv: torch.Tensor, num_heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    q, kv = qkv.tensor_split([qkv.shape[-1] // 3], dim=-1)
+    return attention(qkv, num_heads, scale), _log_sum_exp(q, kv, num_heads, scale)
+
+
+def attention_kv_training(
+    q: torch.Tensor, kv: torch.Tensor, num_heads: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention_kv(q, kv, num_heads, scale), _log_sum_exp(q, kv, num_heads, scale)
+
+
+def _log_sum_exp(q: torch.Tensor, kv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    heads = rearrange(q.to(dtype), "b m (h d) -> b h m d", h=num_heads)
+    keys = rearrange(kv[..., : q.shape[-1]].to(dtype), "b n (h d) -> b h d n", h=num_heads)
+    return torch.logsumexp(heads @ keys * scale, -1) * math.log2(math.e)

@@ -185,8 +185,12 @@ def _create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: 
     left, right = (_float32(operand).data.astype(np.float32, copy=False) for operand in (a, b))
     if precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
         left, right = _to_tf32(left), _to_tf32(right)
+    elif a.dtype.scalar == tl.float32:
+        # a GPU sums in the order of K wherever in a tile a value lies; NumPy's float32 depends on the shape,
+        # and a backward pass that computes a score again, in another tile, would not find the same one
+        left, right = left.astype(np.float64), right.astype(np.float64)
     with np.errstate(all="ignore"):
-        result = np.matmul(left, right) + _float32(acc).data
+        result = np.matmul(left, right).astype(np.float32, copy=False) + _float32(acc).data
     if acc.dtype.scalar == tl.bfloat16:
         return _Handle(_narrow(result), tl.bfloat16)
     return _Handle(result.astype(acc.data.dtype, copy=False), acc.dtype.scalar)

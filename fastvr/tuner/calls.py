@@ -219,6 +219,12 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
         named["stats"].copy_(row_stats(named["x"]))
     if named.get("colsum") is not None:
         named["colsum"].copy_(named["weight"].float().sum(1))
+    if named.get("lse") is not None:
+        forward = OPS[call.op.replace("_backward", "_training")]
+        names = [argument.name for argument in forward.overload._schema.arguments]
+        y, lse = forward.reference(*(named[name] for name in names))
+        named["y"].copy_(y)
+        named["lse"].copy_(lse)
     return tuple(named.values())
 
 

@@ -452,6 +452,22 @@ def test_row_statistics_are_held_to_the_truth_with_their_samples() -> None:
             held.check()
 
 
+def test_a_gradients_inputs_belong_together() -> None:
+    def meta(*shape: int, **options: torch.dtype) -> Tensor:
+        return torch.empty(shape, device="meta", **options)
+
+    y, lse = meta(2, 9, 64), meta(2, 2, 9, dtype=torch.float32)
+    for op, args in (
+        ("attention_backward", (y, meta(2, 9, 192), y.clone(), lse, 2, 0.2)),
+        ("attention_kv_backward", (y, y.clone(), meta(2, 5, 128), y.clone(), lse, 2, 0.2, True, True)),
+    ):
+        call = calls.make_call(op, args, "interpreter")
+        assert call is not None
+        held = gate.Gate(call, calls.materialise(call, CPU))
+        with backend.use_backend("triton"):
+            held.check()
+
+
 def test_gelus_tail_is_granted_to_a_linears_output_alone() -> None:
     assert gate.absolute_floor("linear", "gelu") > 0
     assert gate.absolute_floor("linear", "relu") == gate.absolute_floor("layernorm_mlp", "gelu") == 0
