@@ -6,14 +6,14 @@ A program makes a strip of ROWS rows and BLOCK_M - 1 columns of y. It walks down
 GEMMs each, for the map's even and its odd columns, BatchNorm applied to their float32 accumulators as in
 ``conv_bn_relu``. A window is the even column, the odd one and the odd one before, which is the neighbouring
 lane's: only the first lane works for its neighbour alone. An odd row's maximum is carried down to the window
-below; only a strip's first row is computed for that alone. So 64 lanes and 7 rows compute
-64 / 63 * 15 / 14 = 1.09 of the map (56 columns fill 57 of 64 lanes: 1.22), where each window by itself would
-compute 9 / 4. ReLU and rounding commute with the maximum and come last.
+below; only a strip's first row is computed for that alone. So 16 lanes and 7 rows compute
+16 / 15 * 15 / 14 = 1.14 of the map (1.22 where 56 columns take four programs), where each window by itself
+would compute 9 / 4. ReLU and rounding commute with the maximum and come last.
 
 A stem's window has too few channels for wide loads: it loads element by element, and so is bound neither by
 tensor cores nor by memory but by issue slots. So the weight is loaded once a program and kept, an element's
 address is one addition, the odd column's is the same plus a constant, and one comparison masks an element. As
-compiled for sm_90 (64 lanes, 8 warps; a model's figure, not a measurement) an image of 224 pixels takes 1.1
+compiled for sm_90 (16 lanes, 4 warps; a model's figure, not a measurement) an image of 224 pixels takes 1.3
 million issue slots, where the two launches apart take 3.3 and 0.4 million, and 0.7 MB instead of 3.9.
 """
 
@@ -175,29 +175,29 @@ def _conv_bn_relu_max_pool_fwd_kernel(
             best = row_best
 
 
-def _tile(m: int, n: int, k: int, rows: int, num_warps: int) -> dict[str, int]:
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "ROWS": rows}
-    return {**blocks, "num_warps": num_warps, "num_stages": 1}
+def _tile(m: int, n: int, k: int, num_warps: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": 1}
 
 
 def candidate_configs(dtype: torch.dtype, arch: str, *, uint8: bool = False) -> list[dict[str, int]]:
-    """Configurations that fit ``arch``: tall strips, and short ones for few images.
+    """Configurations that fit ``arch``: tall strips first, last a short one, for few images.
 
     ``uint8``: images of bytes, to be normalised.
     """
     if arch == "interpreter":
-        return [_tile(64, 64, 256, 4, 4), _tile(16, 32, 64, 1, 4)]
+        return [_tile(64, 64, 256, 4) | {"ROWS": 4}, _tile(16, 32, 64, 4) | {"ROWS": 1}]
     if arch.startswith("gfx"):
-        tile, warps = ((32, 32, 16) if dtype == torch.float32 else (64, 64, 32)), 4
+        tiles = [_tile(32, 32, 16, 4) if dtype == torch.float32 else _tile(64, 64, 32, 4)]
     elif dtype == torch.float32:
-        tile, warps = (32, 64, 16), 8
-    elif uint8 and arch != "sm_100":
-        # every element is converted, with its mask still at hand: fewer at once, or they spill
-        tile, warps = (16, 64, 32), 8
+        # every byte is converted, with its mask still at hand: fewer at once, or they spill
+        tiles = [_tile(16, 64, 32, 8) if uint8 else _tile(16, 64, 16, 4)]
     else:
-        # where both operands come out of registers, the kept weight leaves room for half the lanes
-        tile, warps = (64 if arch in ("sm_90", "sm_100") else 32, 64, 32), 8
-    return [_tile(*tile, 7, warps), _tile(*tile, 2, warps)]
+        # each step waits for its loads and at a barrier: three programs an SM, of few registers, hide it
+        tiles = [_tile(16, 64, 32, 4)]
+        if not uint8 and arch not in ("sm_80", "sm_120"):
+            # fewer instructions, but two programs an SM; it spills on the others
+            tiles.append(_tile(32, 64, 32, 4))
+    return [*(tile | {"ROWS": 7} for tile in tiles), tiles[0] | {"ROWS": 2}]
 
 
 def default_config(
@@ -205,7 +205,7 @@ def default_config(
 ) -> dict[str, int]:
     """For ``n`` images of ``ph`` x ``pw`` pooled pixels: tall strips where they still make two waves of
     programs on a large GPU (and in the interpreter, which takes time by the program)."""
-    tall, short = candidate_configs(dtype, arch, uint8=uint8)
+    tall, *_, short = candidate_configs(dtype, arch, uint8=uint8)
     programs = n * ceil_div(ph, tall["ROWS"]) * ceil_div(pw, tall["BLOCK_M"] - 1)
     return tall if programs >= 256 or arch == "interpreter" else short
 
