@@ -77,6 +77,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("patch_embed_stats", f"{name} uint8", **image, uint8=True, channels_last=True),
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
+        "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
         "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
     }
 
@@ -185,6 +186,7 @@ SMALL: dict[str, list[Case]] = {
         )
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
+    "layer_norm_backward": [Case.of("layer_norm_backward", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
     "conv_bn_relu": [
         Case.of(
@@ -267,6 +269,7 @@ _KINDS: _Kinds = {
         {"channels": 3, "patch": 14, "prefix": 5, "uint8": True, "channels_last": True},
     ],
     "layer_norm": [{}],
+    "layer_norm_backward": [{}],
     "layernorm_mlp": [
         {"act": "gelu", "gamma": True},
         {"act": "relu", "residual": False},
@@ -340,7 +343,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
-    elif op == "layer_norm":
+    elif op in ("layer_norm", "layer_norm_backward"):
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}

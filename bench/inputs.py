@@ -26,13 +26,24 @@ _MODULES = {
 
 def module(op: str) -> str:
     """The file that an op shares with others of its kind."""
+    op = op.removesuffix("_backward")
     return _MODULES.get(op, op)
 
 
 def public(op: str) -> Callable[..., Tensor]:
-    """``fastvr.ops.<module>.<op>``, what a user calls."""
-    function: Callable[..., Tensor] = getattr(importlib.import_module(f"fastvr.ops.{module(op)}"), op)
-    return function
+    """``fastvr.ops.<module>.<op>``, what a user calls; of an op that only gradients call, the op itself."""
+    found = importlib.import_module(f"fastvr.ops.{module(op)}")
+    function: Callable[..., Tensor] | None = getattr(found, op, None)
+    return function or _by_name(op)
+
+
+def _by_name(op: str) -> Callable[..., Any]:
+    from fastvr.ops._op import OPS
+
+    def call(**arguments: Any) -> Any:
+        return OPS[op](*(arguments[argument.name] for argument in OPS[op].overload._schema.arguments))
+
+    return call
 
 
 class _Maker:
@@ -133,6 +144,13 @@ def _layer_norm(case: Case, make: _Maker) -> dict[str, Any]:
         "weight": make.normal(dim, scale=0.5, shift=1.0),
         "bias": make.normal(dim),
     }
+
+
+def _layer_norm_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _layer_norm(case, make)
+    del given["bias"]
+    grad = make.normal(*given["x"].shape)
+    return given | {"grad": grad, "eps": 1e-6, "needs_x": True, "needs_parameters": True}
 
 
 def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
@@ -263,6 +281,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "patch_embed": _patch_embed,
     "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
+    "layer_norm_backward": _layer_norm_backward,
     "layernorm_mlp": _layernorm_mlp,
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,

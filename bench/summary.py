@@ -46,7 +46,7 @@ def _best(content: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _tune(content: dict[str, Any]) -> list[str]:
     lines = [f"tune ({_state(content)}): {len(content['failures'])} candidates failed"]
-    lines.append(f"  {'op':18}{'shapes':>7}{'triton wins':>13}{'median ratio':>14}{'worst roofline':>16}  at")
+    lines.append(f"  {'op':24}{'shapes':>7}{'triton wins':>13}{'median ratio':>14}{'worst roofline':>16}  at")
     for op, keys in _best(content).items():
         pairs = [(m["triton"], m["reference"]) for m in keys.values() if len(m) == 2]
         if not pairs:
@@ -55,7 +55,7 @@ def _tune(content: dict[str, Any]) -> list[str]:
         fastest = [min(pair, key=lambda row: row["p50"]) for pair in pairs]
         worst = min(fastest, key=lambda row: row["roofline"])
         lines.append(
-            f"  {op:18}{len(pairs):>7}{sum(r > 1 for r in ratios):>13}{ratios[len(ratios) // 2]:>13.2f}x"
+            f"  {op:24}{len(pairs):>7}{sum(r > 1 for r in ratios):>13}{ratios[len(ratios) // 2]:>13.2f}x"
             f"{worst['roofline']:>15.1%}  {worst['case']} {worst['dtype']}"
         )
     return lines

@@ -182,6 +182,13 @@ class Op(Generic[_Result]):
             return self._operator(args)
         return self._launch(args, device) if auto else self._forward(*args)
 
+    def where_supported(self, *args: Any) -> _Result:
+        """As called, but PyTorch also in the mode "triton" where no kernel takes the arguments: for gradients
+        of what a kernel did compute."""
+        if self.unsupported(*args) is not None:
+            return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
+        return self(*args)
+
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
 

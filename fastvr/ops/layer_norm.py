@@ -240,7 +240,8 @@ def _backward(
     a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor]:
     parameters = bool(needs & {"weight", "bias"})
-    dx, dweight, dbias = LAYER_NORM_BACKWARD(grad, a.x, a.weight, a.eps, "x" in needs, parameters)
+    args = (grad, a.x, a.weight, a.eps, "x" in needs, parameters)
+    dx, dweight, dbias = LAYER_NORM_BACKWARD.where_supported(*args)
     return {"x": dx, "weight": dweight, "bias": dbias}
 
 

@@ -9,12 +9,13 @@ from contract import (
     assert_batch_invariant,
     assert_compiles,
     assert_nan_stays_in_its_sample,
+    assert_order_does_not_matter,
     randn,
     triton_forced,
 )
 
 from fastvr import backend, tuning
-from fastvr.ops.layer_norm import LAYER_NORM, layer_norm
+from fastvr.ops.layer_norm import LAYER_NORM, LAYER_NORM_BACKWARD, layer_norm
 from fastvr.reference.layer_norm import layer_norm as reference
 from fastvr.testing import check_op
 
@@ -57,6 +58,85 @@ def test_gradients(bias, dtype, device):
         if isinstance(value, torch.Tensor):
             value.requires_grad_()
     check(given)
+
+
+@pytest.mark.parametrize("n", [1, 31, 768, 1500, 8192, 10000])
+def test_gradients_of_widths_run_in_the_kernel(n, device):
+    given = inputs((3, 7), n, torch.float16, device)
+    for name in ("x", "weight", "bias"):
+        given[name].requires_grad_()
+    with backend.observe() as ran:
+        check(given)
+    # longer rows than registers hold are differentiated by PyTorch
+    assert ran["layer_norm_backward", "triton" if n <= kernels.MAX_ROW else "reference"] == 1
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
+@pytest.mark.parametrize("n", [96, 1500])
+def test_every_backward_configuration(n, arch, device):
+    given = inputs((5, 21), n, torch.bfloat16, device)
+    for name in ("x", "weight", "bias"):
+        given[name].requires_grad_()
+    for config in kernels.candidate_bwd_configs(n, arch):
+        with tuning.force_config("layer_norm_backward", config):
+            check(given)
+
+
+def test_more_rows_than_programs(monkeypatch, device):
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3)
+    given = inputs((61,), 40, torch.float32, device)
+    for name in ("x", "weight", "bias"):
+        given[name].requires_grad_()
+    with tuning.force_config("layer_norm_backward", kernels.candidate_bwd_configs(40, "interpreter")[1]):
+        check(given)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("weight", "bias"), ("x", "weight")])
+def test_only_what_is_asked_for_is_computed(wanted, device):
+    given = inputs((4, 9), 65, torch.float32, device)
+    for name in wanted:
+        given[name].requires_grad_()
+    check(given)
+    grad = randn(4, 9, 65, device=device)
+    with triton_forced():
+        results = LAYER_NORM_BACKWARD(
+            grad, given["x"].detach(), given["weight"].detach(), 1e-6, "x" in wanted, wanted != ("x",)
+        )
+    assert [result.numel() > 0 for result in results] == ["x" in wanted, wanted != ("x",), wanted != ("x",)]
+
+
+def test_gradients_of_strided_and_mixed_inputs(device):
+    given = inputs((6, 10), 64, torch.bfloat16, device)
+    given["x"] = randn(6, 20, 64, dtype=torch.bfloat16, device=device)[:, ::2].requires_grad_()
+    given["weight"] = given["weight"].float().requires_grad_()
+    given["bias"] = given["bias"].float().requires_grad_()
+    check(given)
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 5)], ids=str)
+def test_gradients_of_nothing(rows, device):
+    x, weight = randn(*rows, 16, device=device).requires_grad_(), randn(16, device=device).requires_grad_()
+    with triton_forced():
+        y = layer_norm(x, weight)
+        dx, dweight = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    assert dx.shape == x.shape
+    assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+def test_gradients_do_not_depend_on_the_order_of_programs(device):
+    x, weight, grad = randn(64, 48, device=device), randn(48, device=device), randn(64, 48, device=device)
+    with tuning.force_config("layer_norm_backward", kernels.candidate_bwd_configs(48, "interpreter")[1]):
+        assert_order_does_not_matter(
+            lambda: torch.cat([t.flatten() for t in LAYER_NORM_BACKWARD(grad, x, weight, 1e-6, True, True)])
+        )
+
+
+def test_a_nan_in_the_gradient_stays_in_its_sample(device):
+    x, weight = randn(5, 7, 48, device=device), randn(48, device=device)
+    assert_nan_stays_in_its_sample(
+        lambda grad: LAYER_NORM_BACKWARD(grad, x, weight, 1e-6, True, True)[0],
+        randn(5, 7, 48, device=device),
+    )
 
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_90"])
