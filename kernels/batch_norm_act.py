@@ -3,11 +3,12 @@
 x is [M, C]: the pixels of a channels_last map. y = act((x - mean) * rstd * weight + bias + residual),
 rstd = 1 / sqrt(var + eps), with mean and biased variance of each channel over all pixels, of x as stored.
 
-Statistics: a program walks through rows of its own and leaves their sum and M2, the sum of squared
-deviations; sums of squares would lose everything at a mean of 1,000 deviations. Every lane of its tile takes
-the recurrence of Youngs and Cramer (1971), which keeps the sum itself: means that are updated would round at
-the size of the values, not of their mean. Lanes, and in a second launch parts, are merged by the formula of
-Chan, Golub and LeVeque (1979), for many sets at once and in a fixed order. The third launch normalises.
+Statistics: a program walks through rows of its own and leaves their sum, their mean and M2, the sum of
+squared deviations; sums of squares would lose everything at a mean of 1,000 deviations. Every lane of its
+tile takes the recurrence of Youngs and Cramer (1971) on values from which the first pixel's is subtracted;
+lanes, and in a second launch parts, are merged by the formula of Chan, Golub and LeVeque (1979), for many
+sets at once and in a fixed order. The mean itself comes from plain sums: what is subtracted and added again
+would round at its own size. The third launch normalises.
 
 Backward: with xhat = (x - mean) * rstd and g = dy where y > 0, dbias = sum(g), dweight = sum(g * xhat) and
 dx = weight * rstd * (g - dbias / M - xhat * dweight / M); dresidual = g. One launch leaves shares of both
@@ -28,7 +29,7 @@ from fastvr.kernels.common import ceil_div, launch, relu
 @triton.jit(do_not_specialize=["M", "ROWS"])
 def _batch_norm_stats_kernel(
     x_ptr,  # [M, C]
-    parts_ptr,  # [ceil(M / ROWS), 2, C] float32: sum, then M2
+    parts_ptr,  # [ceil(M / ROWS), 3, C] float32: sum, mean - x[0], M2
     M,
     C,
     ROWS,  # of each part
@@ -42,8 +43,11 @@ def _batch_norm_stats_kernel(
     mask_c = offs_c < C
     first = part * ROWS
     stop = tl.minimum(first + ROWS, M)
+    # exactly subtracted where the mean is many deviations
+    base = tl.load(x_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     count = 0.0
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    shifted = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(first, stop, BLOCK_M):
         rows = start + lanes
@@ -52,21 +56,24 @@ def _batch_norm_stats_kernel(
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         count += 1.0
         total += x
+        x = tl.where(mask, x - base, 0.0)
+        shifted += x
         # the first row deviates by 0 from its own mean
-        deviation = tl.where(mask, count * x - total, 0.0)
+        deviation = tl.where(mask, count * x - shifted, 0.0)
         m2 += deviation * deviation * (1.0 / tl.maximum(count * (count - 1.0), 1.0))
     # how many rows each lane has taken
     taken = tl.maximum((stop - first - lanes + BLOCK_M - 1) // BLOCK_M, 0).to(tl.float32)[:, None]
-    whole = tl.sum(total, 0)
-    deviation = total / tl.maximum(taken, 1.0) - (whole / (stop - first))[None, :]
-    parts = parts_ptr + part.to(tl.int64) * 2 * C + offs_c
-    tl.store(parts, whole, mask=mask_c)
-    tl.store(parts + C, tl.sum(m2 + taken * deviation * deviation, 0), mask=mask_c)
+    whole = tl.sum(shifted, 0) / (stop - first)
+    deviation = shifted / tl.maximum(taken, 1.0) - whole[None, :]
+    parts = parts_ptr + part.to(tl.int64) * 3 * C + offs_c
+    tl.store(parts, tl.sum(total, 0), mask=mask_c)
+    tl.store(parts + C, whole, mask=mask_c)
+    tl.store(parts + 2 * C, tl.sum(m2 + taken * deviation * deviation, 0), mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["M", "ROWS"])
 def _batch_norm_merge_kernel(
-    parts_ptr,  # [ceil(M / ROWS), 2, C] float32: sum, then M2
+    parts_ptr,  # [ceil(M / ROWS), 3, C] float32: sum, mean - x[0], M2
     mean_ptr,  # [C] float32
     var_ptr,  # [C] float32
     M,
@@ -79,22 +86,25 @@ def _batch_norm_merge_kernel(
     mask_n = offs_n < C
     num_parts = tl.cdiv(M, ROWS)
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    shifted = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < num_parts)[:, None] & mask_n[None, :]
-        sums = parts_ptr + offs_p.to(tl.int64)[:, None] * 2 * C + offs_n[None, :]
-        total += tl.load(sums, mask=mask, other=0.0)
-    whole = tl.sum(total, 0) / M
+        size = tl.minimum(M - offs_p * ROWS, ROWS).to(tl.float32)[:, None]
+        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * 3 * C + offs_n[None, :]
+        total += tl.load(parts, mask=mask, other=0.0)
+        shifted += tl.load(parts + C, mask=mask, other=0.0) * size
+    whole = tl.sum(shifted, 0) / M
     m2 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < num_parts)[:, None] & mask_n[None, :]
-        size = tl.minimum(tl.maximum(M - offs_p * ROWS, 1), ROWS).to(tl.float32)[:, None]
-        sums = parts_ptr + offs_p.to(tl.int64)[:, None] * 2 * C + offs_n[None, :]
-        deviation = tl.load(sums, mask=mask, other=0.0) / size - whole[None, :]
-        inner = tl.load(sums + C, mask=mask, other=0.0)
+        size = tl.minimum(M - offs_p * ROWS, ROWS).to(tl.float32)[:, None]
+        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * 3 * C + offs_n[None, :]
+        deviation = tl.load(parts + C, mask=mask, other=0.0) - whole[None, :]
+        inner = tl.load(parts + 2 * C, mask=mask, other=0.0)
         m2 += tl.where(mask, inner + size * deviation * deviation, 0.0)
-    tl.store(mean_ptr + offs_n, whole, mask=mask_n)
+    tl.store(mean_ptr + offs_n, tl.sum(total, 0) / M, mask=mask_n)
     tl.store(var_ptr + offs_n, tl.sum(m2, 0) / M, mask=mask_n)
 
 
@@ -292,7 +302,7 @@ def launch_batch_norm_act_fwd(
     weight: torch.Tensor,  # [C]
     bias: torch.Tensor,  # [C]
     residual: torch.Tensor | None,  # [M, C]
-    parts: torch.Tensor,  # [ceil(M / rows_a_part), 2, C] float32
+    parts: torch.Tensor,  # [ceil(M / rows_a_part), 3, C] float32
     mean: torch.Tensor,  # [C] float32
     var: torch.Tensor,  # [C] float32
     y: torch.Tensor,  # [M, C]

@@ -112,11 +112,12 @@ def _config(op: str, x: torch.Tensor) -> tuning.Config:
     )
 
 
-def _parts(rows: torch.Tensor, config: tuning.Config) -> torch.Tensor:
+def _parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> torch.Tensor:
+    """What the programs that reduce leave: ``sums`` values of each channel from each."""
     from fastvr.kernels.batch_norm_act import rows_a_part
 
     m, c = rows.shape
-    size = (-(-m // rows_a_part(m, c, config)), 2, c)
+    size = (-(-m // rows_a_part(m, c, config)), sums, c)
     return backend.empty(size, dtype=torch.float32, device=rows.device)
 
 
@@ -146,7 +147,7 @@ def _kernel(a: Arguments) -> _Statistics:
         weight=a.weight.contiguous(),
         bias=a.bias.contiguous(),
         residual=None if a.residual is None else _rows(a.residual),
-        parts=_parts(rows, config),
+        parts=_parts(rows, 3, config),
         mean=mean,
         var=var,
         y=_rows(y),
@@ -202,7 +203,7 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
     rows, config = _rows(a.x), _config("batch_norm_act_backward", a.x)
     parts = sums = None
     if a.needs_x or a.needs_parameters:
-        parts = _parts(rows, config)
+        parts = _parts(rows, 2, config)
         sums = backend.empty((2, a.x.shape[1]), dtype=torch.float32, device=a.x.device)
     launch_batch_norm_act_bwd(
         grad=_rows(a.grad),
