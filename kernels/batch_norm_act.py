@@ -264,20 +264,22 @@ def _tile(m: int, c: int, num_warps: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_C": c, "num_warps": num_warps, "num_stages": 1}
 
 
-def candidate_configs(c: int, arch: str) -> list[dict[str, int]]:
+def candidate_configs(c: int, dtype: torch.dtype, arch: str) -> list[dict[str, int]]:
     """Tiles of the passes over the maps, forward and backward; the first is the default.
 
-    64 channels of 16 bits are whole cache lines. The passes that reduce hold two float32 sums beside what
-    they load: 16 of each a thread leave room for several programs a multiprocessor.
+    64 channels of 16 bits are whole cache lines. The passes that reduce hold up to three float32 sums beside
+    what they load: 16 of each a thread leave room for several programs a multiprocessor.
     """
     if arch == "interpreter":
         return [_tile(512, 64, 4), _tile(32, 32, 4)]
-    wide = 128 if c > 64 else 64
-    return [_tile(32, 64, 4), _tile(2048 // wide, wide, 4), _tile(64, 64, 8), _tile(16, 64, 4)]
+    # as many bytes whatever the dtype
+    size = 4096 // dtype.itemsize
+    wide = [_tile(size // 128, 128, 4)] if c > 64 else []
+    return [_tile(size // 64, 64, 4), *wide, _tile(2 * size // 64, 64, 8), _tile(size // 128, 64, 4)]
 
 
-def default_config(c: int, arch: str) -> dict[str, int]:
-    return candidate_configs(c, arch)[0]
+def default_config(c: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
+    return candidate_configs(c, dtype, arch)[0]
 
 
 # Programs that reduce: a large GPU holds about this many at a time. More make nothing faster, and each leaves

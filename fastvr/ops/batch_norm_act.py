@@ -107,8 +107,8 @@ def _config(op: str, x: torch.Tensor) -> tuning.Config:
         op,
         _table_key(op, x),
         x.device,
-        default=lambda: default_config(c, arch),
-        candidates=lambda: candidate_configs(c, arch),
+        default=lambda: default_config(c, x.dtype, arch),
+        candidates=lambda: candidate_configs(c, x.dtype, arch),
     )
 
 

@@ -20,7 +20,7 @@ from fastvr.kernels import batch_norm_act as kernels
 
 OPS = ("batch_norm_act", "batch_norm_act_backward")
 # several programs and parts even of a small map
-SEVERAL = kernels.candidate_configs(64, "interpreter")[1]
+SEVERAL = kernels.candidate_configs(64, torch.float32, "interpreter")[1]
 
 
 def check(given, **options):
@@ -79,7 +79,7 @@ def test_shapes(shape, dtype, device):
 @pytest.mark.parametrize("channels", [48, 130])
 def test_every_configuration(channels, arch, device):
     given = inputs((2, channels, 11, 9), torch.float16, device, residual=True)
-    for config in kernels.candidate_configs(channels, arch):
+    for config in kernels.candidate_configs(channels, torch.float16, arch):
         with tuning.force_config(OPS[0], config), tuning.force_config(OPS[1], config):
             check(given)
 
