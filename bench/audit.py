@@ -39,7 +39,13 @@ _CONVOLUTIONS = (
     "patch_embed_stats",
 )
 # no tensor cores: what their binaries differ in shows in a few of them
-_NO_PRODUCTS = ("layer_norm", "layer_norm_backward", "max_pool")
+_NO_PRODUCTS = (
+    "layer_norm",
+    "layer_norm_backward",
+    "batch_norm_act",
+    "batch_norm_act_backward",
+    "max_pool",
+)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 

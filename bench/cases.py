@@ -111,7 +111,16 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             **{"stride": 1, "residual": "source" not in rest} | rest,
         )  # fmt: skip
 
+    def norm(c: int, size: int, **rest: Any) -> tuple[list[Case], list[Case]]:
+        label = f"{c} {size}px" + (" +res" if rest.get("residual") else "")
+        sizes = {"batch": batch, "channels": c, "height": size, "width": size, **rest}
+        both = (Case.of(op, label, **sizes) for op in ("batch_norm_act", "batch_norm_act_backward"))
+        forward, backward = ([case] for case in both)
+        return forward, backward
+
     convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
+    # each map that a BatchNorm in training takes, by its size and what follows it
+    norms, norm_gradients = norm(64, 112)
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512)):
         stride, wide = 1 if stage == 0 else 2, 4 * width
@@ -125,6 +134,15 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         ]
         if stride == 2:
             convs.append(conv(width, width, 3, inner))
+        taken = [
+            norm(width, inner),
+            norm(wide, inner, residual=True),
+            norm(wide, inner, act="none"),
+            *([norm(width, size)] if stride == 2 else []),
+        ]
+        for forward, backward in taken:
+            norms += forward
+            norm_gradients += backward
         duals.append(dual(width, channels, wide, inner, stride=stride))
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
@@ -132,6 +150,8 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
     return {
         "conv_bn_relu": convs,
         "dual_conv_bn_relu": duals,
+        "batch_norm_act": norms,
+        "batch_norm_act_backward": norm_gradients,
         "bottleneck": [block("bottleneck", *sizes, **rest) for *sizes, rest in blocks],
         "bottleneck_chain": [
             block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
@@ -209,6 +229,12 @@ SMALL: dict[str, list[Case]] = {
             "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
             height=7, width=7,
         ),
+    ],
+    "batch_norm_act": [
+        Case.of("batch_norm_act", "+res", batch=2, channels=64, height=14, width=14, residual=True),
+    ],
+    "batch_norm_act_backward": [
+        Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
     ],
     "bottleneck": [
         Case.of(
@@ -306,6 +332,8 @@ _KINDS: _Kinds = {
             (128, 1, 31, 1, {}),
         )
     ],
+    "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
+    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
     "bottleneck": [
         {"planes": 64, "out": 256, "stride": 1, "residual": True},
         {"planes": 64, "out": 64, "stride": 2, "source": 64},
@@ -357,6 +385,9 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
     elif "conv_bn_relu" in op or "bottleneck" in op:
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
+    elif op.startswith("batch_norm_act"):
+        drawn |= {"channels": pick(1, 31, 64, 130, large=(512, 2048))}
+        drawn |= {"height": pick(7, 14, 31), "width": pick(7, 14, large=(56,))}
     elif op == "max_pool":
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
     else:

@@ -224,6 +224,36 @@ def _conv_bn_relu(case: Case, make: _Maker) -> dict[str, Any]:
     }
 
 
+def _batch_norm_act(case: Case, make: _Maker) -> dict[str, Any]:
+    size = tuple(case[name] for name in ("batch", "channels", "height", "width"))
+    return {
+        "x": make.image(*size),
+        "weight": make.normal(size[1], scale=0.5, shift=1.0, like=torch.float32),
+        "bias": make.normal(size[1], like=torch.float32),
+        "eps": 1e-5,
+        "residual": make.image(*size) if case.get("residual") else None,
+        "act": case.get("act", "relu"),
+    }
+
+
+def _batch_norm_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    given = _batch_norm_act(case, make)
+    x, channels = given["x"], case["channels"]
+    return {
+        "grad": make.image(*x.shape),
+        "x": x,
+        # half of it below 0, as what went into the activation
+        "y": make.image(*x.shape) if given["act"] == "relu" else None,
+        "mean": make.normal(channels, scale=0.1, like=torch.float32),
+        "var": make.normal(channels, scale=0.1, like=torch.float32).abs() + 0.9,
+        "weight": given["weight"],
+        "eps": given["eps"],
+        "needs_x": True,
+        "needs_parameters": True,
+        "residual_dtype": make.dtype if case.get("residual") else None,
+    }
+
+
 def _norm(make: _Maker, channels: int) -> Any:
     from fastvr.ops.conv_bn_relu import BatchNorm
 
@@ -320,6 +350,8 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "bottleneck": _bottleneck,
     "bottleneck_chain": _bottleneck,
     "conv_bn_relu_max_pool": _conv_bn_relu_max_pool,
+    "batch_norm_act": _batch_norm_act,
+    "batch_norm_act_backward": _batch_norm_act_backward,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }

@@ -179,6 +179,8 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     norm = (t(64), t(64), t(64), t(64))
     attention, class_token = (t(8, 197, 3 * d), 12, 0.125), (t(8, 1, d), t(8, 197, 2 * d), 12, 0.125)
     lse = torch.empty((8, 12, 197), device=device)
+    # what BatchNorm in training leaves for its gradient
+    moments = torch.empty(64, device=device)
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
@@ -205,6 +207,11 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "dual_conv_bn_relu": (
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5, [1, 1], "relu"),
+        ),
+        "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu"),
+        "batch_norm_act_backward": (
+            *(pixels, pixels, pixels, moments, moments, t(64), 1e-5),
+            *(True, True, dtype),
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastvr import backend
 from fastvr.nn.plain import plain
+from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
 from fastvr.ops.conv_bn_relu import BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
 from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu as dual_conv_bn_relu_op
@@ -57,8 +58,8 @@ def conv_bn_relu(
     """``relu(bn(conv(x)) + residual)``; ``relu`` None is none.
 
     One launch where ``bn`` normalises by its running statistics (in eval, or frozen in training) and no
-    module is observed or replaced. Batch statistics, and the running ones that they move, stay the BatchNorm
-    module's own affair.
+    module is observed or replaced. Where it does by the batch's own, everything behind the convolution is one
+    op, if its kernel runs; else the modules are called.
     """
     norm = batch_norm(bn)
     if norm is not None and plain_conv(conv) and conv.bias is None and (relu is None or plain(relu, nn.ReLU)):
@@ -73,7 +74,19 @@ def conv_bn_relu(
             act="none" if relu is None else "relu",
             residual=residual,
         )
-    y: torch.Tensor = bn(convolve(conv, x))
+    made = convolve(conv, x)
+    act = "none" if relu is None else "relu"
+    if (
+        _takes_batch_statistics(bn)
+        and (relu is None or plain(relu, nn.ReLU))
+        and fuses_batch_norm_act(made, bn, residual, act)
+    ):
+        normalised, mean, var = batch_norm_act(
+            made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act
+        )
+        _track(bn, mean, var, made.numel() // made.shape[1])
+        return normalised
+    y: torch.Tensor = bn(made)
     if residual is not None:
         y = y + residual
     if relu is None:
@@ -121,6 +134,36 @@ def batch_norm(bn: nn.Module) -> BatchNorm | None:
     if plain(bn, ScaleShift):
         return BatchNorm(bn.scale, bn.shift)
     return None
+
+
+def _takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether ``bn`` is a plain ``nn.BatchNorm2d`` with weight and bias that normalises by the batch."""
+    if not plain(bn, nn.BatchNorm2d):
+        return False
+    # the stubs say Parameter, but affine=False leaves None
+    parameters: list[torch.Tensor | None] = [bn.weight, bn.bias]
+    return None not in parameters and (bn.training or (bn.running_mean is None and bn.running_var is None))
+
+
+@torch.no_grad()
+def _track(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
+    """Move the running statistics as ``bn``'s own forward does, by the unbiased variance."""
+    if not (bn.training and bn.track_running_stats):
+        return
+    factor = bn.momentum or 0.0
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            factor = 1.0 / float(bn.num_batches_tracked)
+    if pixels == 0:
+        return
+    for running, batch, scale in ((bn.running_mean, mean, 1.0), (bn.running_var, var, pixels / (pixels - 1))):
+        if running is not None:
+            # in the batch's float32, also where the model's buffers are of 16 bits
+            moved = running.to(batch.dtype)
+            moved.mul_(1.0 - factor).add_(batch, alpha=factor * scale)
+            if moved is not running:
+                running.copy_(moved)
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -53,12 +53,14 @@ class Gradient(Generic[_Arguments]):
         backward: called with the arguments, those that were not saved as a :class:`Kind`; the results, None
             where not saved; the gradient of the first result, the only one that has one; and the names that
             need a gradient. Returns gradients by name.
+        unread: what of ``saves`` is not read, hence not kept, with these arguments.
     """
 
     saves: Callable[[frozenset[str]], Iterable[str | int]]
     backward: Callable[
         [_Arguments, tuple[Any, ...], torch.Tensor, frozenset[str]], Mapping[str, torch.Tensor]
     ]
+    unread: Callable[[_Arguments], Iterable[str | int]] = lambda arguments: ()
 
 
 class Kind(NamedTuple):
@@ -197,6 +199,16 @@ class Op(Generic[_Result]):
             return self._operator(args)
         return self._launch(args, device) if auto else self._forward(*args)
 
+    def chosen(self, *args: Any) -> bool:
+        """Whether a call runs the kernel, or under a compiler leaves the choice to the operator: for a caller
+        that has modules of its own to call where it does not."""
+        device = args[0].device
+        if not backend.kernels_possible(device):
+            return False
+        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
+            return True
+        return self._kernel_runs(args, device)
+
     def where_supported(self, *args: Any) -> _Result:
         """As called, but PyTorch also in the mode "triton" where no kernel takes the arguments: for gradients
         of what a kernel did compute."""
@@ -255,8 +267,10 @@ class Op(Generic[_Result]):
         assert self._gradient is not None
         ctx.set_materialize_grads(False)
         results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*results[1:])
         names = [argument.name for argument in self.overload._schema.arguments]
         saves = set(self._gradient.saves(self._needs(ctx)))
+        saves -= set(self._gradient.unread(self._arguments(*inputs)))
         kept: dict[str | int, torch.Tensor] = {}
         ctx.others = {}
         for name, value in [*zip(names, inputs, strict=True), *enumerate(results)]:

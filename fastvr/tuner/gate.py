@@ -16,6 +16,8 @@ from fastvr.tuner.calls import Call
 # Samples at either end: the first and last tiles, and in float64 little beside the measurement itself. Where
 # a sample is one row, several tiles' worth of them.
 _CHECKED, _CHECKED_ROWS = 4, 64
+# here a sample's result depends on all the others
+_WHOLE_BATCHES = ("batch_norm_act", "batch_norm_act_backward")
 _PER_SAMPLE = ("x", "x2", "q", "kv", "qkv", "residual", "stats")
 
 
@@ -67,6 +69,8 @@ class Gate:
         """Which samples to hold to the truth; None for all of them: where they are few, or where a result has
         no dimension of samples."""
         x = self._args[0]
+        if self._op.name in _WHOLE_BATCHES:
+            return None
         batch, count = len(x), _CHECKED if x.dim() > 2 else _CHECKED_ROWS
         sampled = [named[name] for name in _PER_SAMPLE if isinstance(named.get(name), Tensor)]
         leaves = [*sampled, *tree_leaves(self._eager)]

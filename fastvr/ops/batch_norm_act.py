@@ -1,0 +1,295 @@
+"""batch_norm_act: y = act(bn(x) + residual), BatchNorm in training, three launches; so is its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastvr import backend, tuning
+from fastvr.ops import _check
+from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.conv_bn_relu import too_many_pixels
+from fastvr.ops.linear import result_dtype
+from fastvr.reference import batch_norm_act as reference
+from fastvr.reference.conv_bn_relu import ACTIVATIONS
+
+_Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    act: str = "relu",
+) -> _Statistics:
+    """BatchNorm by the batch's own statistics, with residual and activation.
+
+    Computes ``act((x - mean) / sqrt(var + eps) * weight + bias + residual)`` with each channel's mean and
+    biased variance over all pixels of all samples, in float32, of x as stored; the result is rounded once.
+    Running statistics are the caller's affair.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16 (float64 runs in PyTorch); channels_last is fast, what
+            lies otherwise is copied.
+        weight: [C], x's dtype or float32.
+        bias: [C], weight's dtype.
+        eps: added to the variance, above 0.
+        residual: [N, C, H, W], any floating dtype.
+        act: "none" or "relu".
+
+    Returns:
+        y: [N, C, H, W], channels_last, in the dtype that PyTorch's promotion of x and residual gives.
+        mean, var: [C], float32 (float64 for float64), without gradient; 0 for an empty batch.
+
+    Under autocast nothing is cast.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; the message names it. One pixel a channel in
+            all has no variance: as PyTorch says it.
+    """
+    op = "batch_norm_act"
+    _check.operand(op, "x", x)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x must be [N, C, H, W]; got {list(x.shape)}")
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    _check.companion(op, "weight", weight, (x.shape[1],), x)
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{op}: weight must be {x.dtype} or float32; got {weight.dtype}")
+    _check.companion(op, "bias", bias, (x.shape[1],), x, dtype=weight.dtype)
+    if not eps > 0:
+        raise ValueError(f"{op}: eps must be above 0; got {eps}")
+    _check.companion(op, "residual", residual, tuple(x.shape), x)
+    _check.choice(op, "act", act, ACTIVATIONS)
+    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
+
+
+def fuses_batch_norm_act(
+    x: torch.Tensor, bn: torch.nn.BatchNorm2d, residual: torch.Tensor | None, act: str
+) -> bool:
+    """Whether the kernel runs for ``bn``, an affine one, in training on ``x``: where it does not, PyTorch's
+    own module costs less than an op that hands its statistics back."""
+    return (
+        x.dim() == 4
+        and x.dtype in _check.KERNEL_DTYPES
+        and bn.weight.dtype in (x.dtype, torch.float32)
+        and bn.weight.shape[0] == x.shape[1]
+        and bn.eps > 0
+        and (residual is None or residual.shape == x.shape)
+        and BATCH_NORM_ACT.chosen(x, bn.weight, bn.bias, float(bn.eps), residual, act)
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The pixels of a map, [M, C]; a copy where they are not channels_last."""
+    pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return pixels.reshape(-1, x.shape[1])
+
+
+def _map_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return backend.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _table_key(op: str, x: torch.Tensor) -> str:
+    c = x.shape[1]
+    return tuning.key(op, x.dtype, m=tuning.bucket(x.numel() // c), c=c)
+
+
+def _config(op: str, x: torch.Tensor) -> tuning.Config:
+    from fastvr.kernels.batch_norm_act import candidate_configs, default_config
+
+    c, arch = x.shape[1], backend.architecture(x.device)
+    return tuning.config(
+        op,
+        _table_key(op, x),
+        x.device,
+        default=lambda: default_config(c, x.dtype, arch),
+        candidates=lambda: candidate_configs(c, x.dtype, arch),
+    )
+
+
+def _parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> torch.Tensor:
+    """What the programs that reduce leave: ``sums`` values of each channel from each."""
+    from fastvr.kernels.batch_norm_act import rows_a_part
+
+    m, c = rows.shape
+    size = (-(-m // rows_a_part(m, c, config)), sums, c)
+    return backend.empty(size, dtype=torch.float32, device=rows.device)
+
+
+def _unsupported(x: torch.Tensor, *others: object) -> str | None:
+    return too_many_pixels(x.numel() // x.shape[1]) or _check.kernel_dtypes(x, *others)
+
+
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    residual: torch.Tensor | None
+    act: str
+
+
+def _kernel(a: Arguments) -> _Statistics:
+    from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd
+
+    y = _map_like(a.x, result_dtype(a.x, a.residual))
+    mean, var = (backend.empty((a.x.shape[1],), dtype=torch.float32, device=a.x.device) for _ in range(2))
+    if a.x.numel() == 0:
+        return y, mean.zero_(), var.zero_()
+    rows, config = _rows(a.x), _config("batch_norm_act", a.x)
+    launch_batch_norm_act_fwd(
+        x=rows,
+        weight=a.weight.contiguous(),
+        bias=a.bias.contiguous(),
+        residual=None if a.residual is None else _rows(a.residual),
+        parts=_parts(rows, 3, config),
+        mean=mean,
+        var=var,
+        y=_rows(y),
+        eps=a.eps,
+        act=a.act,
+        config=config,
+    )
+    return y, mean, var
+
+
+def _fake(a: Arguments) -> _Statistics:
+    dtype, device = result_dtype(a.x, a.residual), a.x.device
+    y = torch.empty(a.x.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    mean, var = (a.x.new_empty(a.x.shape[1], dtype=wide) for _ in range(2))
+    return y, mean, var
+
+
+class BackwardArguments(NamedTuple):
+    grad: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+    weight: torch.Tensor
+    eps: float
+    needs_x: bool
+    needs_parameters: bool
+    residual_dtype: torch.dtype | None
+
+
+_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _backward_kernel(a: BackwardArguments) -> _Gradients:
+    from fastvr.kernels.batch_norm_act import launch_batch_norm_act_bwd
+
+    # what is not needed comes back empty: an operator cannot return None
+    dx, dweight, dbias, dresidual = (
+        backend.empty((0,), dtype=dtype, device=a.x.device)
+        for dtype in (a.x.dtype, a.weight.dtype, a.weight.dtype, a.residual_dtype or a.grad.dtype)
+    )
+    if a.needs_x:
+        dx = _map_like(a.x, a.x.dtype)
+    if a.needs_parameters:
+        dweight, dbias = (
+            backend.empty(a.weight.shape, dtype=a.weight.dtype, device=a.x.device) for _ in range(2)
+        )
+    if a.residual_dtype is not None:
+        dresidual = _map_like(a.x, a.residual_dtype)
+    if a.x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_(), dresidual
+    rows, config = _rows(a.x), _config("batch_norm_act_backward", a.x)
+    parts = sums = None
+    if a.needs_x or a.needs_parameters:
+        parts = _parts(rows, 2, config)
+        sums = backend.empty((2, a.x.shape[1]), dtype=torch.float32, device=a.x.device)
+    launch_batch_norm_act_bwd(
+        grad=_rows(a.grad),
+        x=rows,
+        y=None if a.y is None else _rows(a.y),
+        mean=a.mean,
+        var=a.var,
+        weight=a.weight.contiguous(),
+        parts=parts,
+        sums=sums,
+        dx=_rows(dx) if a.needs_x else None,
+        dweight=dweight if a.needs_parameters else None,
+        dbias=dbias if a.needs_parameters else None,
+        dresidual=None if a.residual_dtype is None else _rows(dresidual),
+        eps=a.eps,
+        config=config,
+    )
+    return dx, dweight, dbias, dresidual
+
+
+def _backward_fake(a: BackwardArguments) -> _Gradients:
+    def like(dtype: torch.dtype | None) -> torch.Tensor:
+        if dtype is None:
+            return a.grad.new_empty(0)
+        return torch.empty(a.x.shape, dtype=dtype, device=a.x.device, memory_format=torch.channels_last)
+
+    dweight, dbias = (a.weight.new_empty(a.weight.shape if a.needs_parameters else 0) for _ in range(2))
+    return like(a.x.dtype) if a.needs_x else a.x.new_empty(0), dweight, dbias, like(a.residual_dtype)
+
+
+BATCH_NORM_ACT_BACKWARD = Op(
+    "batch_norm_act_backward",
+    "Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, float eps, bool needs_x, "
+    "bool needs_parameters, ScalarType? residual_dtype",
+    arguments=BackwardArguments,
+    kernel=_backward_kernel,
+    reference=reference.batch_norm_act_backward,
+    fake=_backward_fake,
+    unsupported=lambda a: _unsupported(a.x, *a),
+    measured=lambda a: tuning.choice(_table_key("batch_norm_act_backward", a.x), a.x.device, "triton"),
+    cost=lambda a: Cost(0, nbytes(a) + nbytes(_backward_fake(a))),
+    returns="(Tensor, Tensor, Tensor, Tensor)",
+    differentiable=False,
+)
+
+
+def _backward(
+    a: Arguments,
+    results: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    needs: frozenset[str],
+) -> dict[str, torch.Tensor]:
+    y, mean, var = results
+    found = {}
+    residual_dtype = None
+    if a.residual is not None and "residual" in needs:
+        if y is None:
+            # nothing stands between the two
+            found["residual"] = grad.to(a.residual.dtype)
+        else:
+            residual_dtype = a.residual.dtype
+    parameters = bool(needs & {"weight", "bias"})
+    if "x" in needs or parameters or residual_dtype is not None:
+        dx, dweight, dbias, dresidual = BATCH_NORM_ACT_BACKWARD.where_supported(
+            grad, a.x, y, mean, var, a.weight, a.eps, "x" in needs, parameters, residual_dtype
+        )
+        found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual} | found
+    return found
+
+
+BATCH_NORM_ACT = Op(
+    "batch_norm_act",
+    "Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act",
+    arguments=Arguments,
+    kernel=_kernel,
+    reference=reference.batch_norm_act,
+    fake=_fake,
+    unsupported=lambda a: _unsupported(*a),
+    # without a measurement PyTorch's own runs
+    measured=lambda a: tuning.choice(_table_key("batch_norm_act", a.x), a.x.device, "reference"),
+    cost=lambda a: Cost(0, nbytes(a) + nbytes(_fake(a))),
+    returns="(Tensor, Tensor, Tensor)",
+    gradient=Gradient(
+        saves=lambda needs: ("x", "weight", 0, 1, 2),
+        backward=_backward,
+        # the result only shows where the activation let through
+        unread=lambda a: () if a.act == "relu" else (0,),
+    ),
+)

@@ -1,0 +1,196 @@
+"""BatchNorm in training: the op in the place of the modules, beside the modules themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastvr
+from fastvr import backend
+from fastvr.nn.conv_bn_relu import conv_bn_relu
+from fastvr.nn.residual import BasicBlock, conv1x1
+from fastvr.ops.batch_norm_act import fuses_batch_norm_act
+from fastvr.testing import assert_parity, truth_model
+
+pytest.importorskip("triton")
+
+
+class Layer(nn.Module):
+    """A convolution with what follows it."""
+
+    def __init__(self, channels: int = 6, **options: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(channels, **options)
+        self.relu: nn.Module = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv_bn_relu(self.conv, self.bn, self.relu, x)
+
+
+def moving(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in model.state_dict().items() if "running" in name}
+
+
+def counts(model: nn.Module) -> list[int]:
+    return [int(t) for name, t in model.state_dict().items() if "num_batches_tracked" in name]
+
+
+def step(model: nn.Module, x: torch.Tensor, mode: str) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient of one step of training, taken."""
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with fastvr.use_backend(mode):
+        y = model(x)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y))
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_three_steps_of_training(block, tiny_resnet, images, device) -> None:
+    ours = tiny_resnet(block).to(device).train()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
+    for seed in range(3):
+        x = images(4, seed=seed).to(device)
+        # from the weights and statistics that ours has reached
+        eager, truth = copy.deepcopy(ours), truth_model(ours)
+        with backend.observe() as ran:
+            actual = step(ours, x, "triton")
+        assert ran["batch_norm_act", "triton"] == ran["batch_norm_act_backward", "triton"] == norms
+        gradients = step(eager, x, "reference"), step(truth, x.double(), "reference")
+        assert_parity(actual, *gradients, kind="gradient", sample_dim=None)
+        assert_parity(moving(ours), moving(eager), moving(truth), sample_dim=None)
+        assert counts(ours) == counts(eager) == [seed + 1] * norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"momentum": 0.7}, {"track_running_stats": False}, {"eps": 0.3}],
+    ids=str,
+)
+def test_statistics_move_as_pytorchs(options, training, dtype, device) -> None:
+    ours = Layer(**options).to(device, dtype).train(training)
+    theirs = copy.deepcopy(ours)
+    truth = truth_model(ours)
+    kept = {name: id(t) for name, t in ours.named_buffers()}
+    for _ in range(3):
+        x = torch.randn(2, 3, 9, 8).to(device, dtype)
+        with backend.observe() as ran, fastvr.use_backend("triton"):
+            y = ours(x)
+        assert ran["batch_norm_act", "triton"] == (training or "track_running_stats" in options)
+        with fastvr.use_backend("reference"):
+            assert_parity(y, theirs(x), truth(x.double()))
+    assert_parity(moving(ours), moving(theirs), moving(truth), sample_dim=None)
+    assert counts(ours) == counts(theirs)
+    # in place: others hold on to them
+    assert {name: id(t) for name, t in ours.named_buffers()} == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "bn", nn.BatchNorm2d(6, affine=False)),
+        lambda layer: setattr(layer, "bn", nn.SyncBatchNorm(6)),
+        lambda layer: layer.bn.eval(),
+        lambda layer: layer.bn.register_forward_hook(lambda *args: None),
+        lambda layer: layer.relu.register_forward_hook(lambda *args: None),
+        lambda layer: setattr(layer, "relu", nn.SiLU()),
+        lambda layer: setattr(layer, "bn", nn.GroupNorm(2, 6)),
+    ],
+    ids=["affine", "sync", "frozen", "hook", "hook-relu", "silu", "group"],
+)
+def test_other_modules_are_called(change, device) -> None:
+    layer = Layer()
+    change(layer)
+    layer.to(device)
+    if isinstance(layer.bn, nn.SyncBatchNorm):
+        layer.bn.eval()  # it trains on a GPU only
+    with fastvr.use_backend("triton"), backend.observe() as ran:
+        layer(torch.randn(2, 3, 7, 7, device=device)).sum().backward()
+    assert "batch_norm_act" not in {op for op, _ in ran}
+
+
+def test_pytorchs_modules_run_where_nothing_was_measured() -> None:
+    """Without a table a GPU runs PyTorch's BatchNorm itself, and so does a CPU."""
+    bn = nn.BatchNorm2d(6, device="meta")
+    x = torch.empty(2, 6, 5, 5, device="meta")
+    assert not fuses_batch_norm_act(x, bn, None, "relu")
+    with backend.assume_architecture("sm_90"):
+        assert not fuses_batch_norm_act(x, bn, None, "relu")
+        with fastvr.use_backend("triton"):
+            assert fuses_batch_norm_act(x, bn, None, "relu")
+            assert not fuses_batch_norm_act(x.double(), bn, None, "relu")
+            assert not fuses_batch_norm_act(x, bn, x[:1], "relu")
+
+
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_one_pixel_a_channel_is_refused(mode, device) -> None:
+    layer = Layer().to(device)
+    with fastvr.use_backend(mode), pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, 3, 3, 3, device=device))
+
+
+def test_an_empty_batch_moves_nothing_but_the_count(device) -> None:
+    ours, theirs = Layer().to(device), Layer().to(device)
+    x = torch.zeros(0, 3, 7, 7, device=device)
+    with fastvr.use_backend("triton"):
+        assert ours(x).shape == theirs.relu(theirs.bn(theirs.conv(x))).shape
+    for name, statistic in moving(theirs).items():
+        assert torch.equal(moving(ours)[name], statistic)
+    assert counts(ours) == counts(theirs) == [1]
+
+
+@pytest.fixture
+def block(randomise) -> BasicBlock:
+    torch.manual_seed(0)
+    # with 4 channels PyTorch's backward pass of such a 1x1 convolution writes past its memory on a CPU
+    shortcut = nn.Sequential(conv1x1(8, 16, 2), nn.BatchNorm2d(16))
+    return randomise(BasicBlock(8, 16, 2, shortcut)).to(memory_format=torch.channels_last).train()
+
+
+def test_evaluation_after_training_is_not_stale(block, device) -> None:
+    model, x = block.to(device), torch.randn(2, 8, 6, 6).to(device)
+    fresh = copy.deepcopy(model)
+    with fastvr.use_backend("triton"):
+        with torch.no_grad():
+            before = model.eval()(x)
+        step(model.train(), x, "triton")
+        fresh.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), fresh.eval()(x))
+            assert not torch.equal(model(x), before)
+
+
+def test_autocast_is_eagers(block, device) -> None:
+    ours = block.to(device)
+    eager, truth = copy.deepcopy(ours), truth_model(ours)
+    # enough pixels that a few zeros of the ReLU more or less, by rounding, decide nothing
+    x = torch.randn(8, 8, 24, 24).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        with backend.observe() as ran:
+            actual = step(ours, x, "triton")
+        assert ran["batch_norm_act", "triton"] == 3
+        expected = step(eager, x, "reference")
+    exact = step(truth, x.double(), "reference")
+    assert_parity(actual, expected, exact, kind="gradient", sample_dim=None)
+    assert_parity(moving(ours), moving(eager), moving(truth), sample_dim=None)
+
+
+def test_a_step_compiles_into_one_graph(block, device) -> None:
+    ours = block.to(device)
+    compiled = copy.deepcopy(ours)
+    x = torch.randn(2, 8, 6, 6).to(device)
+    plain = step(ours, x, "triton")
+    found = step(torch.compile(compiled, fullgraph=True, backend="aot_eager"), x, "triton")
+    for name, gradient in plain.items():
+        assert torch.equal(found[f"_orig_mod.{name}"], gradient), name
+    for name, statistic in moving(ours).items():
+        assert torch.equal(moving(compiled)[name], statistic), name
+    assert counts(compiled) == counts(ours) == [1] * 3
