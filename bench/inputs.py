@@ -250,7 +250,7 @@ def _batch_norm_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
         "eps": given["eps"],
         "needs_x": True,
         "needs_parameters": True,
-        "residual_dtype": make.dtype if case.get("residual") else None,
+        "needs_residual": bool(case.get("residual")),
     }
 
 

@@ -211,7 +211,7 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu"),
         "batch_norm_act_backward": (
             *(pixels, pixels, pixels, moments, moments, t(64), 1e-5),
-            *(True, True, dtype),
+            *(True, True, True),
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),

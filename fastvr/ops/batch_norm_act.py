@@ -176,7 +176,7 @@ class BackwardArguments(NamedTuple):
     eps: float
     needs_x: bool
     needs_parameters: bool
-    residual_dtype: torch.dtype | None
+    needs_residual: bool
 
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -188,7 +188,7 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
     # what is not needed comes back empty: an operator cannot return None
     dx, dweight, dbias, dresidual = (
         backend.empty((0,), dtype=dtype, device=a.x.device)
-        for dtype in (a.x.dtype, a.weight.dtype, a.weight.dtype, a.residual_dtype or a.grad.dtype)
+        for dtype in (a.x.dtype, a.weight.dtype, a.weight.dtype, a.grad.dtype)
     )
     if a.needs_x:
         dx = _map_like(a.x, a.x.dtype)
@@ -196,8 +196,8 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         dweight, dbias = (
             backend.empty(a.weight.shape, dtype=a.weight.dtype, device=a.x.device) for _ in range(2)
         )
-    if a.residual_dtype is not None:
-        dresidual = _map_like(a.x, a.residual_dtype)
+    if a.needs_residual:
+        dresidual = _map_like(a.x, a.grad.dtype)
     if a.x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
     rows, config = _rows(a.x), _config("batch_norm_act_backward", a.x)
@@ -217,7 +217,7 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         dx=_rows(dx) if a.needs_x else None,
         dweight=dweight if a.needs_parameters else None,
         dbias=dbias if a.needs_parameters else None,
-        dresidual=None if a.residual_dtype is None else _rows(dresidual),
+        dresidual=_rows(dresidual) if a.needs_residual else None,
         eps=a.eps,
         config=config,
     )
@@ -225,19 +225,19 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
 
 
 def _backward_fake(a: BackwardArguments) -> _Gradients:
-    def like(dtype: torch.dtype | None) -> torch.Tensor:
-        if dtype is None:
-            return a.grad.new_empty(0)
+    def like_x(needed: bool, dtype: torch.dtype) -> torch.Tensor:
+        if not needed:
+            return a.x.new_empty(0, dtype=dtype)
         return torch.empty(a.x.shape, dtype=dtype, device=a.x.device, memory_format=torch.channels_last)
 
     dweight, dbias = (a.weight.new_empty(a.weight.shape if a.needs_parameters else 0) for _ in range(2))
-    return like(a.x.dtype) if a.needs_x else a.x.new_empty(0), dweight, dbias, like(a.residual_dtype)
+    return like_x(a.needs_x, a.x.dtype), dweight, dbias, like_x(a.needs_residual, a.grad.dtype)
 
 
 BATCH_NORM_ACT_BACKWARD = Op(
     "batch_norm_act_backward",
     "Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, float eps, bool needs_x, "
-    "bool needs_parameters, ScalarType? residual_dtype",
+    "bool needs_parameters, bool needs_residual",
     arguments=BackwardArguments,
     kernel=_backward_kernel,
     reference=reference.batch_norm_act_backward,
@@ -257,20 +257,17 @@ def _backward(
     needs: frozenset[str],
 ) -> dict[str, torch.Tensor]:
     y, mean, var = results
-    found = {}
-    residual_dtype = None
-    if a.residual is not None and "residual" in needs:
-        if y is None:
-            # nothing stands between the two
-            found["residual"] = grad.to(a.residual.dtype)
-        else:
-            residual_dtype = a.residual.dtype
     parameters = bool(needs & {"weight", "bias"})
-    if "x" in needs or parameters or residual_dtype is not None:
+    # without an activation nothing stands between the residual and the result
+    masked = "residual" in needs and y is not None
+    found = {"residual": grad}
+    if "x" in needs or parameters or masked:
         dx, dweight, dbias, dresidual = BATCH_NORM_ACT_BACKWARD.where_supported(
-            grad, a.x, y, mean, var, a.weight, a.eps, "x" in needs, parameters, residual_dtype
+            grad, a.x, y, mean, var, a.weight, a.eps, "x" in needs, parameters, masked
         )
-        found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual} | found
+        found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual if masked else grad}
+    if a.residual is not None:
+        found["residual"] = found["residual"].to(a.residual.dtype)
     return found
 
 

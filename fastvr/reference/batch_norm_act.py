@@ -39,7 +39,7 @@ def batch_norm_act_backward(
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
-    residual_dtype: torch.dtype | None,
+    needs_residual: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if y is not None:
         grad = torch.where(y <= 0, 0, grad)
@@ -58,12 +58,12 @@ def batch_norm_act_backward(
         )
     else:
         dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+    # what is not needed comes back empty
     empty = x.new_empty(0)
     return (
         dx.contiguous(memory_format=torch.channels_last) if needs_x else empty,
         dweight.to(weight.dtype) if needs_parameters else empty.to(weight.dtype),
         dbias.to(weight.dtype) if needs_parameters else empty.to(weight.dtype),
-        empty.to(grad.dtype)
-        if residual_dtype is None
-        else grad.to(residual_dtype).contiguous(memory_format=torch.channels_last),
+        # a copy: an operator must not return its argument
+        grad.clone(memory_format=torch.channels_last) if needs_residual else empty.to(grad.dtype),
     )

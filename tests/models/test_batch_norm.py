@@ -185,12 +185,13 @@ def test_autocast_is_eagers(block, device) -> None:
 
 def test_a_step_compiles_into_one_graph(block, device) -> None:
     ours = block.to(device)
-    compiled = copy.deepcopy(ours)
+    compiled, truth = copy.deepcopy(ours), truth_model(ours)
     x = torch.randn(2, 8, 6, 6).to(device)
     plain = step(ours, x, "triton")
     found = step(torch.compile(compiled, fullgraph=True, backend="aot_eager"), x, "triton")
     for name, gradient in plain.items():
         assert torch.equal(found[f"_orig_mod.{name}"], gradient), name
-    for name, statistic in moving(ours).items():
-        assert torch.equal(moving(compiled)[name], statistic), name
+    # the compiler may contract a product and a sum where PyTorch does not
+    step(truth, x.double(), "reference")
+    assert_parity(moving(compiled), moving(ours), moving(truth), sample_dim=None)
     assert counts(compiled) == counts(ours) == [1] * 3
