@@ -35,7 +35,8 @@ def attention_kv_training(
 
 
 def _log_sum_exp(q: torch.Tensor, kv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    heads = rearrange(q.to(dtype), "b m (h d) -> b h m d", h=num_heads)
-    keys = rearrange(kv[..., : q.shape[-1]].to(dtype), "b n (h d) -> b h d n", h=num_heads)
-    return torch.logsumexp(heads @ keys * scale, -1) * math.log2(math.e)
+    # in float64: what computes the scores again subtracts this from them, and has rounding errors of its own
+    heads = rearrange(q.double(), "b m (h d) -> b h m d", h=num_heads)
+    keys = rearrange(kv[..., : q.shape[-1]].double(), "b n (h d) -> b h d n", h=num_heads)
+    lse = torch.logsumexp(heads @ keys * scale, -1) * math.log2(math.e)
+    return lse.to(torch.promote_types(q.dtype, torch.float32))

@@ -456,10 +456,11 @@ def test_a_gradients_inputs_belong_together() -> None:
     def meta(*shape: int, **options: torch.dtype) -> Tensor:
         return torch.empty(shape, device="meta", **options)
 
-    y, lse = meta(2, 9, 64), meta(2, 2, 9, dtype=torch.float32)
+    half = {"dtype": torch.float16}
+    y, kv, lse = meta(2, 50, 64, **half), meta(2, 9, 128, **half), meta(2, 2, 50)
     for op, args in (
-        ("attention_backward", (y, meta(2, 9, 192), y.clone(), lse, 2, 0.2)),
-        ("attention_kv_backward", (y, y.clone(), meta(2, 5, 128), y.clone(), lse, 2, 0.2, True, True)),
+        ("attention_backward", (y, meta(2, 50, 192, **half), y.clone(), lse, 2, 0.2)),
+        ("attention_kv_backward", (y, y.clone(), kv, y.clone(), lse, 2, 0.2, True, True)),
     ):
         call = calls.make_call(op, args, "interpreter")
         assert call is not None
