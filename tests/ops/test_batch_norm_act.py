@@ -128,7 +128,9 @@ def test_float32_parameters_and_residual_beside_bfloat16(residual_dtype, device)
 
 
 @pytest.mark.parametrize(
-    "asked", [{"x"}, {"weight", "bias"}, {"bias"}, {"residual"}, {"x", "residual"}], ids=str
+    "asked",
+    [{"x"}, {"weight", "bias"}, {"bias"}, {"residual"}, {"x", "residual"}],
+    ids=lambda asked: "-".join(sorted(asked)),
 )
 @pytest.mark.parametrize("act", ["relu", "none"])
 def test_only_what_is_asked_for(asked, act, device, monkeypatch):
