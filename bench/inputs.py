@@ -22,7 +22,6 @@ _MODULES = {
     "attention_kv": "attention",
     "attention_training": "attention",
     "attention_kv_training": "attention",
-    "attention_kv_backward": "attention_backward",
     "bottleneck_chain": "bottleneck",
     "max_pool": "pool",
     "avg_pool_linear": "pool",
