@@ -1,4 +1,4 @@
-"""attention: softmax(q k / sqrt d) v of ViT's heads on packed qkv, and of the class token alone; gradients."""
+"""attention: softmax(q k / sqrt d) v of ViT's heads, packed, and of the class token; and the gradients."""
 
 from harness import op_benchmark
 
