@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, launch, relu
+from fastvr.kernels.common import ceil_div, launch, relu, sum_shares
 
 
 @triton.jit(do_not_specialize=["M", "ROWS"])
@@ -208,12 +208,7 @@ def _batch_norm_act_bwd_merge_kernel(
     which = tl.program_id(0) // blocks
     offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, PARTS, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        parts = parts_ptr + (offs_p.to(tl.int64) * 2 + which)[:, None] * C + offs_n[None, :]
-        total += tl.load(parts, mask=(offs_p < PARTS)[:, None] & mask_n[None, :], other=0.0)
-    result = tl.sum(total, 0)
+    result = sum_shares(parts_ptr, which, offs_n, PARTS, C, BLOCK_P, BLOCK_N)
     tl.store(sums_ptr + which * C + offs_n, result, mask=mask_n)
     if dweight_ptr is not None:
         if which == 0:

@@ -166,6 +166,25 @@ def sum_parts(
 
 
 @triton.jit
+def sum_shares(
+    shares_ptr,  # [SHARES, 2, N] float32
+    which,  # of the two
+    offs_n,
+    SHARES,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_N columns of one of the two sums that SHARES programs left shares of, in a fixed order."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, SHARES, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        shares = shares_ptr + (offs_m.to(tl.int64) * 2 + which)[:, None] * N + offs_n[None, :]
+        total += tl.load(shares, mask=(offs_m < SHARES)[:, None] & (offs_n < N)[None, :], other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def normalize(x, mean, std):
     """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element."""
     scale = 1.0 / std.to(tl.float32)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, launch
+from fastvr.kernels.common import ceil_div, launch, sum_shares
 from fastvr.kernels.moments import row_moments
 
 # the longest row that is held in registers: 32 floats a thread at 8 warps
@@ -146,12 +146,7 @@ def _layer_norm_sum_kernel(
     which = tl.program_id(0) // blocks
     offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, PARTS, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        parts = parts_ptr + (offs_m.to(tl.int64) * 2 + which)[:, None] * N + offs_n[None, :]
-        total += tl.load(parts, mask=(offs_m < PARTS)[:, None] & mask_n[None, :], other=0.0)
-    result = tl.sum(total, 0)
+    result = sum_shares(parts_ptr, which, offs_n, PARTS, N, BLOCK_M, BLOCK_N)
     if which == 0:
         tl.store(dweight_ptr + offs_n, result.to(dweight_ptr.dtype.element_ty), mask=mask_n)
     if dbias_ptr is not None and which == 1:
