@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fastvr import backend
 from fastvr.ops._op import OPS
 from fastvr.reference.attention import attention_kv_training, attention_training
+from fastvr.reference.layer_norm import row_moments
 from fastvr.reference.linear_stats import row_stats
 from fastvr.tuner.calls import SchemaCalls, on_meta
 from fastvr.tuner.gate import absolute_floor as _absolute_floor
@@ -22,6 +23,10 @@ _MODULES = {
     "attention_kv": "attention",
     "attention_training": "attention",
     "attention_kv_training": "attention",
+    "layernorm_mlp_training": "layernorm_mlp",
+    "layernorm_attention_training": "layernorm_attention",
+    "linear_weight_backward": "linear_backward",
+    "linear_act_backward": "linear_act_backward",
     "bottleneck_chain": "bottleneck",
     "max_pool": "pool",
     "avg_pool_linear": "pool",
@@ -30,8 +35,7 @@ _MODULES = {
 
 def module(op: str) -> str:
     """The file that an op shares with others of its kind."""
-    op = op.removesuffix("_backward")
-    return _MODULES.get(op, op)
+    return _MODULES.get(op) or _MODULES.get(op.removesuffix("_backward"), op.removesuffix("_backward"))
 
 
 def public(op: str) -> Callable[..., Tensor]:
@@ -176,8 +180,14 @@ def _layer_norm(case: Case, make: _Maker) -> dict[str, Any]:
 def _layer_norm_backward(case: Case, make: _Maker) -> dict[str, Any]:
     given = _layer_norm(case, make)
     del given["bias"]
-    grad = make.normal(*given["x"].shape)
-    return given | {"grad": grad, "eps": 1e-6, "needs_x": True, "needs_parameters": True}
+    grad, residual = (make.normal(*given["x"].shape) for _ in range(2))
+    return given | {
+        "grad": grad,
+        "residual": residual,
+        "eps": 1e-6,
+        "needs_x": True,
+        "needs_parameters": True,
+    }
 
 
 def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
@@ -193,6 +203,52 @@ def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
         "act": case.get("act", "gelu"),
         "gamma": make.normal(dim) if case.get("gamma") else None,
         "residual": make.normal(*_rows(case), dim) if case.get("residual", True) else None,
+    }
+
+
+def _layernorm_mlp_training(case: Case, make: _Maker) -> dict[str, Any]:
+    return _layernorm_mlp(case, make) | {"eps": 1e-6}
+
+
+def _layernorm_attention_training(case: Case, make: _Maker) -> dict[str, Any]:
+    heads, width = case["heads"], case["heads"] * case["head_dim"]
+    return {
+        "x": make.normal(*_rows(case), width),
+        "ln_weight": make.normal(width, scale=0.5, shift=1.0),
+        "ln_bias": make.normal(width),
+        "qkv_weight": make.normal(3 * width, width, scale=width**-0.5),
+        "qkv_bias": make.normal(3 * width),
+        "proj_weight": make.normal(width, width, scale=width**-0.5),
+        "proj_bias": make.normal(width),
+        "gamma": None,
+        "residual": make.normal(*_rows(case), width),
+        "num_heads": heads,
+        "scale": case["head_dim"] ** -0.5,
+        "eps": 1e-6,
+    }
+
+
+def _linear_weight_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    k, norm = case["k"], case["norm"]
+    x = make.normal(*_rows(case), k).flatten(0, -2)
+    return {
+        "grad": make.normal(*_rows(case), case["n"]).flatten(0, -2),
+        "x": x,
+        "ln_weight": make.normal(k, scale=0.5, shift=1.0) if norm else None,
+        "ln_bias": make.normal(k) if norm else None,
+        "moments": row_moments(x, 1e-6) if norm else None,
+        "needs_bias": case.get("bias", True),
+        "out_dtype": None,
+    }
+
+
+def _linear_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    return {
+        "grad": make.normal(*_rows(case), case["n"]).flatten(0, -2),
+        "weight": make.normal(case["n"], case["k"], scale=case["n"] ** -0.5),
+        "hidden": make.normal(*_rows(case), case["k"]).flatten(0, -2),
+        "act": case.get("act", "gelu"),
+        "needs_activated": True,
     }
 
 
@@ -344,6 +400,10 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
     "layernorm_mlp": _layernorm_mlp,
+    "layernorm_mlp_training": _layernorm_mlp_training,
+    "layernorm_attention_training": _layernorm_attention_training,
+    "linear_weight_backward": _linear_weight_backward,
+    "linear_act_backward": _linear_act_backward,
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
     "bottleneck": _bottleneck,

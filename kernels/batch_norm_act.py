@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, launch, relu, sum_shares
+from fastvr.kernels.activations import relu
+from fastvr.kernels.common import ceil_div, launch, sum_shares
 
 
 @triton.jit(do_not_specialize=["M", "ROWS"])

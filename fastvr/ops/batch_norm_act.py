@@ -284,9 +284,8 @@ BATCH_NORM_ACT = Op(
     cost=lambda a: Cost(0, nbytes(a) + nbytes(_fake(a))),
     returns="(Tensor, Tensor, Tensor)",
     gradient=Gradient(
-        saves=lambda needs: ("x", "weight", 0, 1, 2),
-        backward=_backward,
         # the result only shows where the activation let through
-        unread=lambda a: () if a.act == "relu" else (0,),
+        saves=lambda a, needs: ("x", "weight", 1, 2) if a.act == "none" else ("x", "weight", 0, 1, 2),
+        backward=_backward,
     ),
 )
