@@ -119,6 +119,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         return forward, backward
 
     convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
+    trained: list[Any] = []
     # each map that a BatchNorm in training takes, by its size and what follows it
     norms, norm_gradients = norm(64, 112)
     channels, size = 64, 56
@@ -144,6 +145,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             norms += forward
             norm_gradients += backward
         duals.append(dual(width, channels, wide, inner, stride=stride))
+        trained += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
@@ -152,6 +154,10 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
+        "residual_block": [block("residual_block", *sizes, **rest) for *sizes, rest in trained],
+        "residual_block_backward": [
+            block("residual_block_backward", *sizes, **rest) for *sizes, rest in trained
+        ],
         "bottleneck": [block("bottleneck", *sizes, **rest) for *sizes, rest in blocks],
         "bottleneck_chain": [
             block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
@@ -236,6 +242,17 @@ SMALL: dict[str, list[Case]] = {
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
     ],
+    "residual_block": [
+        Case.of(
+            "residual_block", "+res", batch=2, planes=16, out=64, stride=1, residual=True, height=7, width=7,
+        ),
+    ],
+    "residual_block_backward": [
+        Case.of(
+            "residual_block_backward", "+res", batch=2, planes=16, out=64, stride=1, residual=True,
+            height=7, width=7,
+        ),
+    ],
     "bottleneck": [
         Case.of(
             "bottleneck", "/2", batch=2, planes=32, out=128, stride=2, source=64, height=7, width=7,
@@ -279,6 +296,11 @@ _HEADS: list[dict[str, Any]] = [
 _HEADS_KV: list[dict[str, Any]] = [
     {"heads": heads, "head_dim": dim, "queries": queries}
     for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
+]
+_RESIDUAL_BLOCKS: list[dict[str, Any]] = [
+    {"planes": 16, "out": 64, "stride": 1, "residual": True},
+    {"planes": 72, "out": 96, "stride": 2, "source": 24},
+    {"planes": 8, "out": 31, "stride": 1, "source": 31},
 ]
 _KINDS: _Kinds = {
     "linear": [
@@ -334,6 +356,8 @@ _KINDS: _Kinds = {
     ],
     "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
     "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
+    "residual_block": _RESIDUAL_BLOCKS,
+    "residual_block_backward": _RESIDUAL_BLOCKS,
     "bottleneck": [
         {"planes": 64, "out": 256, "stride": 1, "residual": True},
         {"planes": 64, "out": 64, "stride": 2, "source": 64},
@@ -383,7 +407,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width}
     elif op == "layernorm_mlp":
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif "conv_bn_relu" in op or "bottleneck" in op:
+    elif "conv_bn_relu" in op or "bottleneck" in op or "residual_block" in op:
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op.startswith("batch_norm_act"):
         drawn |= {"channels": pick(1, 31, 64, 130, large=(512, 2048))}
