@@ -44,6 +44,8 @@ _NO_PRODUCTS = (
     "layer_norm_backward",
     "batch_norm_act",
     "batch_norm_act_backward",
+    "residual_block",
+    "residual_block_backward",
     "max_pool",
 )
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")

@@ -132,6 +132,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         return forward, backward
 
     convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
+    trained: list[Any] = []
     # each map that a BatchNorm in training takes, by its size and what follows it
     norms, norm_gradients = norm(64, 112)
     channels, size = 64, 56
@@ -157,6 +158,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             norms += forward
             norm_gradients += backward
         duals.append(dual(width, channels, wide, inner, stride=stride))
+        trained += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
@@ -165,6 +167,10 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
+        "residual_block": [block("residual_block", *sizes, **rest) for *sizes, rest in trained],
+        "residual_block_backward": [
+            block("residual_block_backward", *sizes, **rest) for *sizes, rest in trained
+        ],
         "bottleneck": [block("bottleneck", *sizes, **rest) for *sizes, rest in blocks],
         "bottleneck_chain": [
             block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
@@ -255,6 +261,17 @@ SMALL: dict[str, list[Case]] = {
     ],
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
+    ],
+    "residual_block": [
+        Case.of(
+            "residual_block", "+res", batch=2, planes=16, out=64, stride=1, residual=True, height=7, width=7,
+        ),
+    ],
+    "residual_block_backward": [
+        Case.of(
+            "residual_block_backward", "+res", batch=2, planes=16, out=64, stride=1, residual=True,
+            height=7, width=7,
+        ),
     ],
     "bottleneck": [
         Case.of(

@@ -298,10 +298,11 @@ def _batch_norm_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
         "grad": make.image(*x.shape),
         "x": x,
         # half of it below 0, as what went into the activation
-        "y": make.image(*x.shape) if given["act"] == "relu" else None,
+        "y": make.image(*x.shape) if given["act"] == "relu" and case.get("residual") else None,
         "mean": make.normal(channels, scale=0.1, like=torch.float32),
         "var": make.normal(channels, scale=0.1, like=torch.float32).abs() + 0.9,
         "weight": given["weight"],
+        "bias": given["bias"] if given["act"] == "relu" and not case.get("residual") else None,
         "eps": given["eps"],
         "needs_x": True,
         "needs_parameters": True,
@@ -371,6 +372,43 @@ def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
     return arguments
 
 
+def _residual_block(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.ops.residual_block import Layer
+
+    planes, out, stride, source = case["planes"], case["out"], case["stride"], case.get("source")
+
+    def layer(o: int, c: int, k: int, stride: int = 1) -> Layer:
+        weight = make.normal(o, c, k, k, scale=(2 / (k * k * c)) ** 0.5)
+        scale, shift = make.normal(o, scale=0.5, shift=1.0), make.normal(o)
+        weight = weight.to(memory_format=torch.channels_last)
+        return Layer(weight, scale, shift, 1e-5, stride, k // 2)
+
+    channels = source or out
+    return {
+        "x": make.image(case["batch"], channels, case["height"] * stride, case["width"] * stride),
+        "branch": [layer(planes, channels, 1), layer(planes, planes, 3, stride), layer(out, planes, 1)],
+        "shortcut": layer(out, channels, 1, stride) if source else None,
+    }
+
+
+def _residual_block_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    """The arguments of the operator, its results those of the reference."""
+    from fastvr.ops._residual import Arguments, flat
+    from fastvr.ops.residual_block import RESIDUAL_BLOCK
+
+    forward = flat(**_residual_block(case, make))
+    y, statistics, *maps, signs = RESIDUAL_BLOCK.reference(*forward)
+    return {
+        "grad": make.image(*y.shape),
+        "y": None if signs.numel() else y,
+        "statistics": statistics,
+        **{f"map{i}": m for i, m in enumerate(maps, 1)},
+        "signs": signs,
+        **forward._asdict(),
+        "needs": [isinstance(getattr(forward, name), Tensor) for name in Arguments._fields],
+    }
+
+
 def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
     x = make.image(case["batch"], case["channels"], case["height"], case["width"])
     return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
@@ -411,6 +449,8 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "conv_bn_relu_max_pool": _conv_bn_relu_max_pool,
     "batch_norm_act": _batch_norm_act,
     "batch_norm_act_backward": _batch_norm_act_backward,
+    "residual_block": _residual_block,
+    "residual_block_backward": _residual_block_backward,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }

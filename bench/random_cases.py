@@ -18,6 +18,11 @@ _HEADS_KV: list[dict[str, Any]] = [
     {"heads": heads, "head_dim": dim, "queries": queries}
     for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
 ]
+_RESIDUAL_BLOCKS: list[dict[str, Any]] = [
+    {"planes": 16, "out": 64, "stride": 1, "residual": True},
+    {"planes": 72, "out": 96, "stride": 2, "source": 24},
+    {"planes": 8, "out": 31, "stride": 1, "source": 31},
+]
 _KINDS: _Kinds = {
     "linear": [
         {"act": "none"},
@@ -76,6 +81,8 @@ _KINDS: _Kinds = {
     ],
     "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
     "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
+    "residual_block": _RESIDUAL_BLOCKS,
+    "residual_block_backward": _RESIDUAL_BLOCKS,
     "bottleneck": [
         {"planes": 64, "out": 256, "stride": 1, "residual": True},
         {"planes": 64, "out": 64, "stride": 2, "source": 64},
@@ -125,7 +132,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width}
     elif op in MLP:
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif "conv_bn_relu" in op or "bottleneck" in op:
+    elif "conv_bn_relu" in op or "bottleneck" in op or "residual_block" in op:
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
     elif op.startswith("batch_norm_act"):
         drawn |= {"channels": pick(1, 31, 64, 130, large=(512, 2048))}

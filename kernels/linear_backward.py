@@ -139,7 +139,7 @@ def _linear_weight_sum_kernel(
 _SUM = {"BLOCK_N": 8, "BLOCK_K": 128, "num_warps": 4}
 # Rows that a program sums at least before their parts cost more than a fuller chip gains
 _ROWS_A_PART = 1024
-_PROGRAMS = 256  # two waves of programs on a large GPU
+_A_WAVE = 144  # programs: about as many as a large GPU has multiprocessors
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: int) -> Config:
@@ -148,8 +148,8 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: in
 
 
 def candidate_configs(dtype: torch.dtype, arch: str, *, norm: bool, m: int, n: int, k: int) -> list[Config]:
-    """Configurations that fit ``arch``, each with as many parts as fill a large GPU; ``norm``: whether x is
-    normalised on its way in."""
+    """Configurations that fit ``arch``, each with as many parts as make one wave of programs on a large GPU, or
+    two, or with none; ``norm``: whether x is normalised on its way in."""
     if arch == "interpreter":
         return [_tile(64, 128, 128, 4, 1), _tile(32, 64, 128, 4, 1, SPLIT_M=2)]
     if dtype == torch.float32:
@@ -171,12 +171,10 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, norm: bool, m: int, n: i
     found = []
     for tile in tiles:
         programs = ceil_div(n, tile["BLOCK_N"]) * ceil_div(k, tile["BLOCK_K"])
-        parts = min(ceil_div(_PROGRAMS, programs), m // _ROWS_A_PART, 16)
-        # a power of two, so that few kernels are compiled
-        split = 1 << (max(parts, 1).bit_length() - 1)
-        found.append(tile | ({"SPLIT_M": split} if split > 1 else {}))
-        if split > 1:
-            found.append(tile)
+        parts = (min(waves * _A_WAVE // programs, m // _ROWS_A_PART, 16) for waves in (1, 2, 0))
+        # powers of two, so that few kernels are compiled
+        for split in dict.fromkeys(1 << (max(count, 1).bit_length() - 1) for count in parts):
+            found.append(tile | ({"SPLIT_M": split} if split > 1 else {}))
     return found
 
 
