@@ -24,8 +24,8 @@ def accelerate(model: nn.Module) -> Report:
     Only the classes of modules change, each to a subclass of its own: parameters are the same objects, and
     optimisers, state-dict keys, hooks, tied weights, ``.to()``, ``train()``, copies and pickles keep working.
     The function is the model's: with masks, dropout of the attention weights or anything else that no op
-    computes a module runs its own forward, as it does where no kernel can run (on a CPU). A module within that
-    has hooks or was replaced is called. To accelerate twice is harmless.
+    computes a module runs its own forward, as it does where no kernel can run (on a CPU). A module within
+    that has hooks or was replaced is called. To accelerate twice is harmless.
 
     Args:
         model: any module. Nothing is printed.

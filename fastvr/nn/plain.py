@@ -21,8 +21,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Whether ``module`` is exactly a ``kind``, or one that was accelerated, and nobody observes or replaced its
-    call."""
+    """Whether ``module`` is exactly a ``kind``, as an accelerated one is, and nobody observes its call."""
     return (
         getattr(type(module), "_fastvr_accelerates", type(module)) is kind
         and not has_hooks(module)

@@ -26,8 +26,8 @@ def _double(value: Any) -> Any:
 
 @pytest.fixture
 def hold() -> Callable[..., tuple[Report, Ran]]:
-    """``hold(model, *inputs, mode=, get=, **keywords)``: accelerates a model with random weights and holds it to
-    the parity rule against its copy; the report, and the ops that ran.
+    """``hold(model, *inputs, mode=, get=, **keywords)`` accelerates a model with random weights, and holds it
+    to the parity rule against its copy; the report, and the ops that ran.
 
     ``get`` takes the tensor out of what the model returns.
     """
