@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastvr.accelerate.blocks import path_of
+from fastvr.accelerate.blocks import GAMMA, path_of
 from fastvr.accelerate.families import FAMILIES, REASONS, family_of
 from fastvr.accelerate.report import Entry, Report
-from fastvr.accelerate.swap import Accelerated, swap, unswap, wrapped
+from fastvr.accelerate.swap import OWN_NAMES, Accelerated, swap, unswap, wrapped
 from fastvr.nn.plain import has_hooks
+
+# what containers compute for
+_COMPUTED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.BatchNorm2d)
 
 __all__ = ["Entry", "Report", "accelerate", "restore"]
 
@@ -52,9 +56,11 @@ def accelerate(model: nn.Module) -> Report:
         elif reason is not None:
             left[name] = Entry(name, _kind(type(module)), reason)
     for name, module in _modules(model):
-        if id(module) in covered and (has_hooks(module) or "forward" in module.__dict__):
+        if id(module) not in covered:
+            continue
+        if has_hooks(module) or "forward" in module.__dict__:
             left[name] = Entry(name, _kind(type(module)), "it has hooks or another forward: it is called")
-        elif id(module) in covered:
+        elif type(module) in _COMPUTED or path_of(type(module)) in GAMMA:
             left.pop(name, None)
     return Report(tuple(swapped), tuple(left.values()), tuple(notes))
 
@@ -111,6 +117,8 @@ def _swap(module: nn.Module) -> str | None:
         return _reason(module)
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if any(hasattr(module, name) for name in OWN_NAMES):
+        return "it has attributes of the names that fastvr would give it"
     refusal = family.refusal(module)
     if refusal is not None:
         return None if family.optional else refusal
@@ -133,7 +141,7 @@ def _reason(module: nn.Module) -> str | None:
         return None
     if next(module.children(), None) is None:
         return "fastvr has no op for it"
-    return "its own forward stays (positions, class token, pooling, ...); the modules in it are listed apart"
+    return "its own forward stays, with the parameters that it uses itself; what is in it is listed apart"
 
 
 def _kind(cls: type) -> str:

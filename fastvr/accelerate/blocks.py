@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.accelerate.swap import Accelerated, takes, unobserved
+from fastvr.accelerate.swap import Accelerated, ordinary, takes, unobserved
 from fastvr.nn.attention import Attention
 from fastvr.nn.mlp import Mlp
 from fastvr.nn.plain import idle, join, layer_norm, plain
@@ -21,7 +21,7 @@ _GELU, _GELU_TANH, _RELU = nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()
 
 # classes by their path, since nothing here imports a library that the model does not come from
 _REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
-_GAMMA = {
+GAMMA = {
     "timm.layers.layer_scale.LayerScale": "gamma",
     "timm.models.vision_transformer.LayerScale": "gamma",
     "transformers.models.dinov2.modeling_dinov2.Dinov2LayerScale": "lambda1",
@@ -62,6 +62,16 @@ def fusable(act: object) -> Any:
     return act if getattr(function, "__name__", "").startswith("_gelu") else known
 
 
+def given(value: object) -> bool:
+    """Whether an optional argument asks for something."""
+    return value is not None and value is not False
+
+
+def ordinary_linear(*modules: nn.Module) -> bool:
+    """Whether all are plain ``nn.Linear``, and their weights plain tensors, not quantised or distributed."""
+    return all(plain(module, nn.Linear) and ordinary(module.weight) for module in modules)
+
+
 def passes(drop: nn.Module | None) -> bool:
     """Whether ``drop`` hands its input on as it is, and nobody observes it."""
     if drop is None or idle(drop):
@@ -88,7 +98,7 @@ def residual_branch(
     """
     gamma = scale if isinstance(scale, torch.Tensor) else None
     if isinstance(scale, nn.Module) and plain(scale, type(scale)):
-        gamma = getattr(scale, _GAMMA.get(path_of(type(scale)), ""), None)
+        gamma = getattr(scale, GAMMA.get(path_of(type(scale)), ""), None)
         if gamma is not None or isinstance(scale, nn.Identity):
             scale = None
     branch = getattr(module, "branch", None) if fused and unobserved(module) else None
@@ -112,11 +122,11 @@ class FastMlp(Accelerated, Mlp):
     part_names = ("fc1", "fc2")
 
     def separate(self) -> bool:
-        """Whether something is in between that only the library's own forward knows."""
-        return False
+        """Whether only the library's own forward, or a call of what was put in place, computes what it is."""
+        return not ordinary_linear(self.fc1, self.fc2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.separate() or not takes(x, getattr(self.fc1, "weight", None)):
+        if self.separate() or not takes(x, self.fc1.weight):
             y: torch.Tensor = self.own_forward(x)
             return y
         return super().branch(x)
@@ -128,7 +138,7 @@ class FastMlp(Accelerated, Mlp):
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self.separate() or not hasattr(self.fc1, "weight"):
+        if self.separate():
             normed = x if norm is None else layer_norm(norm, x)
             return join(self.own_forward(normed), gamma, residual)
         return super().branch(x, norm, gamma, residual)
@@ -151,9 +161,10 @@ class PackedAttention(Accelerated, Attention):
     required = ("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale")
 
     def separate(self) -> bool:
-        """Whether only the library's own forward computes what the module is set to."""
+        """Whether only the library's own forward, or a call of what was put in place, computes what it is."""
         # in training its dropout's random numbers stay PyTorch's
-        return not plain(self.qkv, nn.Linear) or (self.training and getattr(self.attn_drop, "p", 0) > 0)
+        dropping = self.training and getattr(self.attn_drop, "p", 0) > 0
+        return dropping or not idle(self.attn_drop) or not ordinary_linear(self.qkv, self.proj)
 
     def branch(
         self,
@@ -162,7 +173,7 @@ class PackedAttention(Accelerated, Attention):
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self.separate() or not idle(self.attn_drop):
+        if self.separate():
             normed = x if norm is None else layer_norm(norm, x)
             return join(self.own_forward(normed), gamma, residual)
         return super().branch(x, norm, gamma, residual)
@@ -185,11 +196,11 @@ class SplitAttention(Accelerated):
     v_proj: nn.Module
 
     def separate(self) -> bool:
-        """Whether only the library's own forward computes what the module is set to."""
+        """Whether only the library's own forward, or a call of what was put in place, computes what it is."""
         projections = (self.q_proj, self.k_proj, self.v_proj, getattr(self, self.output_name))
         return (
             self.config._attn_implementation not in ("sdpa", "eager")
-            or not all(plain(projection, nn.Linear) for projection in projections)
+            or not ordinary_linear(*projections)
             or (self.training and getattr(self, self.dropout_name) > 0)
             or getattr(self, "is_causal", False)
         )
@@ -199,7 +210,7 @@ class SplitAttention(Accelerated):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if (
             attention_mask is not None
-            or any(value not in (None, False) for value in kwargs.values())
+            or any(map(given, kwargs.values()))
             or not takes(hidden_states, getattr(self.q_proj, "weight", None))
             or hidden_states.dim() != 3
             or self.separate()

@@ -66,6 +66,7 @@ _TRANSFORMERS = {
     "resnet.modeling_resnet.ResNetShortCut": transformers.ConvLayer,
     "resnet.modeling_resnet.ResNetBasicLayer": transformers.ResNetBasicLayer,
     "resnet.modeling_resnet.ResNetBottleNeckLayer": transformers.ResNetBottleneckLayer,
+    "resnet.modeling_resnet.ResNetStage": transformers.ResNetStage,
     "resnet.modeling_resnet.ResNetEmbeddings": transformers.ResNetEmbeddings,
 }
 

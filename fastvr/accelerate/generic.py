@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import IDENTITY, FeedForward, fusable
+from fastvr.accelerate.blocks import IDENTITY, FeedForward, fusable, ordinary_linear
 from fastvr.accelerate.maps import conv_bn_act, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.conv_bn_relu import plain_conv
@@ -116,12 +116,13 @@ class FastSequential(Accelerated):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        modules = list(module.children())
+        modules = _in_order(module)
         found = any(_length(modules[i:]) > 1 for i in range(len(modules)))
         return None if found else "nothing in it to compute together"
 
     def parts(self) -> Iterable[nn.Module]:
-        modules, parts = list(self.children()), []
+        modules = _in_order(self)
+        parts: list[nn.Module] = []
         while modules:
             length = _length(modules)
             parts += modules[:length] if length > 1 else []
@@ -129,26 +130,39 @@ class FastSequential(Accelerated):
         return parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        modules = list(self.children())
+        modules = _in_order(self)
         if not modules or not takes(x, next(self.parameters(), None), norm=plain(modules[0], nn.LayerNorm)):
             y: torch.Tensor = self.own_forward(x)
             return y
+        # whether PyTorch's convolutions would have left a contiguous map here, where ours left channels_last:
+        # what follows may take views of it
         contiguous = False
         while modules:
-            length = _length(modules) if isinstance(x, torch.Tensor) else 1
+            length = _length(modules)
             group, modules = modules[:length], modules[length:]
-            if plain_conv(group[0]) and length > 1 and takes_map(x, group[0]):
-                contiguous = contiguous or not (channels_last(x) or channels_last(group[0].weight))
-                x = conv_bn_act(group[0], group[1], group[2] if length > 2 else None, x)
-            elif length > 1 and not plain_conv(group[0]):
+            conv = group[0]
+            if length > 1 and plain_conv(conv) and takes_map(x, conv):
+                as_given = channels_last(x) and not contiguous
+                contiguous = not (as_given or channels_last(conv.weight))
+                x = conv_bn_act(conv, group[1], group[2] if length > 2 else None, x)
+            elif length > 1 and not plain_conv(conv) and isinstance(x, torch.Tensor):
                 x = _feed_forward(group, x)
             else:
                 for module in group:
                     if contiguous and not _agnostic(module):
-                        x, contiguous = x.contiguous(), False
+                        x, contiguous = _contiguous(x), False
                     x = module(x)
-        # as PyTorch's convolution leaves it: what follows may take views of it
-        return x.contiguous() if contiguous and isinstance(x, torch.Tensor) else x
+        return _contiguous(x) if contiguous else x
+
+
+def _in_order(sequence: nn.Module) -> list[nn.Module]:
+    # not children(), which names a module once that is there twice
+    return [module for module in sequence._modules.values() if module is not None]
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    # a module may have made something else of it
+    return x.contiguous() if isinstance(x, torch.Tensor) else x
 
 
 def _length(modules: Sequence[nn.Module]) -> int:
@@ -159,31 +173,31 @@ def _length(modules: Sequence[nn.Module]) -> int:
             return 1
         return 3 if len(rest) > 1 and plain(rest[1], nn.ReLU) else 2
     length = int(plain_norm(first))
-    kinds = modules[length:]
-    if len(kinds) < 2 or not plain(kinds[0], nn.Linear) or fused_name(fusable(kinds[1])) is None:
+    if len(modules) < length + 2 or fused_name(fusable(modules[length + 1])) is None:
         return 1
-    length, kinds = length + 2, kinds[2:]
-    dropped = int(bool(kinds) and plain(kinds[0], nn.Dropout))
-    if len(kinds) <= dropped or not plain(kinds[dropped], nn.Linear):
-        return length
-    length, kinds = length + dropped + 1, kinds[dropped + 1 :]
-    return length + int(bool(kinds) and plain(kinds[0], nn.Dropout))
+    if not ordinary_linear(modules[length]):
+        return 1
+    length += 2
+    rest = list(modules[length:])
+    dropped = int(bool(rest) and plain(rest[0], nn.Dropout))
+    # without a norm before it, a second layer is no worse off by itself
+    whole = plain_norm(first) and len(rest) > dropped and ordinary_linear(rest[dropped])
+    return length + dropped + 1 if whole else length
 
 
 def _feed_forward(group: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     norm = group[0] if plain_norm(group[0]) else None
     fc1, act, *rest = group[norm is not None :]
-    if not takes(x, fc1.weight):
+    if not takes(x, fc1.weight) or (norm is not None and not takes(x, norm.weight, norm=True)):
         for module in group:
             x = module(x)
         return x
+    assert isinstance(fc1, nn.Linear)
     if not rest:
-        assert plain(fc1, nn.Linear)
         x = x if norm is None else _layer_norm(norm, x, for_matmul=True)
         return linear(x, fc1.weight, fc1.bias, act=fused_name(fusable(act)) or "none")
-    drop1 = rest.pop(0) if plain(rest[0], nn.Dropout) else IDENTITY
-    fc2, drop2 = rest[0], rest[1] if len(rest) > 1 else IDENTITY
-    return FeedForward(fc1, fusable(act), drop1, fc2, drop2).branch(x, norm)  # type: ignore[misc]
+    drop1 = rest[0] if len(rest) > 1 else IDENTITY
+    return FeedForward(fc1, fusable(act), drop1, rest[-1], IDENTITY).branch(x, norm)  # type: ignore[misc]
 
 
 def _agnostic(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.plain import idle, plain
-from fastvr.nn.residual import BasicBlock, Bottleneck
+from fastvr.nn.residual import BasicBlock, Bottleneck, run_stage
 
 MAPS = "feature maps come out channels_last; model.to(memory_format=torch.channels_last) makes them faster"
 
@@ -31,7 +31,23 @@ def conv_bn_act(conv: nn.Module, bn: nn.Module, act: nn.Module | None, x: torch.
     return y
 
 
-class FastBasicBlock(Accelerated, BasicBlock):
+def run_blocks(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``stage(x)``; as :func:`fastvr.nn.residual.run_stage` has it where all blocks are torchvision's but for
+    their names."""
+    simple = all(isinstance(block, _FastBlock) and block.simple() for block in stage.children())
+    if simple:
+        return run_stage(stage, x)
+    y: torch.Tensor = stage(x)
+    return y
+
+
+class _FastBlock:
+    def simple(self) -> bool:
+        """Whether the block is torchvision's but for its names."""
+        return True
+
+
+class FastBasicBlock(_FastBlock, Accelerated, BasicBlock):
     """Also torchvision's, whose names these are; other libraries' say where they have them."""
 
     runs = "conv_bn_relu, conv_bn_relu with the residual"
@@ -45,7 +61,7 @@ class FastBasicBlock(Accelerated, BasicBlock):
         return y
 
 
-class FastBottleneck(Accelerated, Bottleneck):
+class FastBottleneck(_FastBlock, Accelerated, Bottleneck):
     """Also torchvision's, whose names these are; other libraries' say where they have them."""
 
     runs = "conv_bn_relu, then bottleneck (or conv_bn_relu, dual_conv_bn_relu)"

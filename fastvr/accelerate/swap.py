@@ -132,16 +132,21 @@ def takes(x: object, weight: object, *, norm: bool = False) -> bool:
     if torch.compiler.is_compiling():
         return True
     return (
-        _ordinary(x)
-        and _ordinary(weight)
+        ordinary(x)
+        and ordinary(weight)
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )
 
 
-def _ordinary(tensor: torch.Tensor) -> bool:
+def ordinary(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is no subclass of Tensor with operators of its own, such as DTensor."""
     return type(tensor) in (torch.Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
+
+
+# what an accelerated module has besides its library's; a module that has one of these itself is left alone
+OWN_NAMES = {name for name in (*vars(Accelerated), *Accelerated.__annotations__) if not name.startswith("__")}
 
 
 def _blank(original: type[nn.Module], family: type[Accelerated]) -> nn.Module:

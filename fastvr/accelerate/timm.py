@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastvr.accelerate.blocks import FastMlp, PackedAttention, fusable, passes, residual_branch
-from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, takes_map
+from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.plain import idle, plain
@@ -27,8 +27,7 @@ class TimmAttention(PackedAttention):
     def separate(self) -> bool:
         return (
             super().separate()
-            or _optional(self, "q_norm", "k_norm", "norm")
-            or getattr(self, "gate", None) is not None
+            or type(self).refusal(self) is not None
             # PyTorch's function, which timm calls then, takes no other scale from it
             or (getattr(self, "fused_attn", False) and self.scale != self.head_dim**-0.5)
         )
@@ -39,7 +38,7 @@ class TimmAttention(PackedAttention):
         given = (
             {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         )
-        if given or self.separate() or not takes(x, getattr(self.qkv, "weight", None)) or x.dim() != 3:
+        if given or self.separate() or not takes(x, self.qkv.weight) or x.dim() != 3:
             y: torch.Tensor = self.own_forward(x, **given)
             return y
         return self.branch(x)
@@ -56,7 +55,7 @@ class TimmMlp(FastMlp):
         return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
 
     def separate(self) -> bool:
-        return _optional(self, "norm")
+        return super().separate() or _optional(self, "norm")
 
 
 class TimmBlock(Accelerated):
@@ -120,7 +119,6 @@ class _TimmResidual:
     """What timm's residual blocks have besides torchvision's."""
 
     def simple(self) -> bool:
-        """Whether the block is torchvision's, apart from its names."""
         acts = [getattr(self, name) for name in ("act1", "act2", "act3") if hasattr(self, name)]
         return (
             all(plain(act, nn.ReLU) for act in acts)
@@ -142,8 +140,6 @@ class _TimmResidual:
 
 class TimmBasicBlock(_TimmResidual, FastBasicBlock):
     required = ("conv1", "bn1", "act1", "conv2", "bn2", "act2")
-    # the blocks of one stage may differ, so that none of them is taken for fastvr's own
-    _fastvr_accelerates = FastBasicBlock
 
     @property
     def relu(self) -> nn.Module:  # type: ignore[override]
@@ -164,7 +160,6 @@ class TimmBasicBlock(_TimmResidual, FastBasicBlock):
 
 class TimmBottleneck(_TimmResidual, FastBottleneck):
     required = ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3")
-    _fastvr_accelerates = FastBottleneck
 
     @property
     def relu(self) -> nn.Module:  # type: ignore[override]
@@ -186,7 +181,7 @@ class TimmBottleneck(_TimmResidual, FastBottleneck):
 
 
 class TimmResNet(Accelerated):
-    runs = "conv_bn_relu_max_pool"
+    runs = "conv_bn_relu_max_pool, the stages (bottleneck_chain)"
     part_names = ("conv1", "bn1", "maxpool")
     required = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
@@ -207,7 +202,7 @@ class TimmResNet(Accelerated):
             return y
         x = stem(self.conv1, self.bn1, self.act1, self.maxpool, x, None, None, x.dtype)
         for name in ("layer1", "layer2", "layer3", "layer4"):
-            x = getattr(self, name)(x)
+            x = run_blocks(getattr(self, name), x)
         return x
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from fastvr.accelerate.blocks import FastMlp, fusable, residual_branch
-from fastvr.accelerate.maps import MAPS, takes_map
+from fastvr.accelerate.maps import MAPS, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.head import classify_map
-from fastvr.nn.residual import run_stage
 from fastvr.nn.stem import stem
 
 
@@ -83,5 +82,5 @@ class ResNet(Accelerated):
             return y
         x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, None, None, x.dtype)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = run_stage(stage, x)
+            x = run_blocks(stage, x)
         return classify_map(self.avgpool, self.fc, x)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import IDENTITY, FastMlp, SplitAttention, fusable, residual_branch
-from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, takes_map
+from fastvr.accelerate.blocks import IDENTITY, FastMlp, SplitAttention, fusable, given, residual_branch
+from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes, unobserved
 from fastvr.nn.plain import idle, plain
 from fastvr.nn.stem import stem
@@ -61,7 +61,7 @@ class ViTLayer(Accelerated):
             result: torch.Tensor = attention(x, attention_mask=attention_mask, **kwargs)[0]
             return result
 
-        unmasked = attention_mask is None and not any(value not in (None, False) for value in kwargs.values())
+        unmasked = attention_mask is None and not any(map(given, kwargs.values()))
         x = residual_branch(hidden_states, norms[0], attention, scales[0], drop, call, fused=unmasked)
         return residual_branch(x, norms[1], self.mlp, scales[1], drop)
 
@@ -158,7 +158,6 @@ class _Layers:
     downsample = property(lambda self: None if idle(self.shortcut) else self.shortcut)
 
     def simple(self) -> bool:
-        """Whether nobody would miss a call of what is in between."""
         *before, last = self.layer
         return (
             plain(self.layer, nn.Sequential)
@@ -168,9 +167,21 @@ class _Layers:
         )
 
 
-class ResNetBasicLayer(_Layers, FastBasicBlock):
-    _fastvr_accelerates = FastBasicBlock
+class ResNetStage(Accelerated):
+    runs = "its blocks (bottleneck_chain)"
+    required = ("layers",)
 
+    layers: Any
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        convolutions = (module for module in self.modules() if isinstance(module, nn.Conv2d))
+        if takes_map(input, next(convolutions, self)):
+            return run_blocks(self.layers, input)
+        y: torch.Tensor = self.own_forward(input)
+        return y
+
+
+class ResNetBasicLayer(_Layers, FastBasicBlock):
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         if self.simple():
             return super().forward(hidden_state)
@@ -179,8 +190,6 @@ class ResNetBasicLayer(_Layers, FastBasicBlock):
 
 
 class ResNetBottleneckLayer(_Layers, FastBottleneck):
-    _fastvr_accelerates = FastBottleneck
-
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         if self.simple():
             return super().forward(hidden_state)

@@ -176,6 +176,32 @@ def test_reasons(module, reason) -> None:
     assert str(report).startswith("nothing to accelerate here\n")
 
 
+def test_a_class_that_uses_the_same_names_is_left() -> None:
+    class Mine(nn.Sequential):
+        runs = 3
+
+    model = Mine(nn.Linear(8, 8), nn.ReLU())
+    fastvr.accelerate(model)
+    assert type(model) is Mine
+
+
+def test_a_sequence_with_a_module_twice_in_it(hold, tokens) -> None:
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(64, 64), act, nn.Linear(64, 64), act, nn.Linear(64, 64), act)
+    _, ran = hold(model, tokens)
+    assert ran["linear", "reference"] == 3
+
+
+def test_a_sequence_by_another_name(hold, images) -> None:
+    class ConvBNReLU(nn.Sequential):
+        pass
+
+    model = nn.Sequential(ConvBNReLU(*_convolutions(nn.ReLU())), nn.Flatten(), nn.Linear(16 * 16 * 16, 3))
+    report, ran = hold(model, images)
+    assert ran["conv_bn_relu", "reference"] == 2
+    assert any("ConvBNReLU" in kind for kind in report.counts)
+
+
 def test_nothing_to_accelerate() -> None:
     report = fastvr.accelerate(nn.Sequential(nn.ReLU(), nn.Flatten()))
     assert not report.swapped
