@@ -104,7 +104,7 @@ def save(out: Path, step: int, parts: Parts, rest: Mapping[str, Any], world: Wor
 def restore(out: Path, found: Mapping[str, Any], parts: Parts) -> None:
     """Bring ``parts`` to where ``found``, which :func:`read` gave, was written."""
     if "model" not in found:
-        _restore_sharded(out, parts)
+        _restore_sharded(out, parts, stepped=found["stepped"])
         return
     parts.model.load_state_dict(found["model"])
     parts.optimizer.load_state_dict(found["optimizer"])
@@ -120,9 +120,13 @@ def _whole(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _shards(parts: Parts) -> dict[str, Any]:
-    model, optimizer = get_state_dict(parts.model, parts.optimizer)
-    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+def _shards(parts: Parts, stepped: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    if stepped:
+        state["model"], state["optimizer"] = get_state_dict(parts.model, parts.optimizer)
+    else:
+        # get_state_dict would fill the optimizer's state by a step, which Adam counts
+        state["model"] = get_model_state_dict(parts.model)
     if parts.ema is not None:
         state |= {"ema": get_model_state_dict(parts.ema.module), "averaged": parts.ema.n_averaged}
     return state
@@ -130,15 +134,16 @@ def _shards(parts: Parts) -> dict[str, Any]:
 
 def _save_sharded(out: Path, step: int, parts: Parts, content: dict[str, Any], world: World) -> None:
     ready, target = out / f".checkpoint-{step}.tmp", out / f"checkpoint-{step}"
+    stepped = bool(parts.optimizer.state)
     if world.first:
         shutil.rmtree(ready, ignore_errors=True)
     world.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PyTorch's own use of what it deprecates
-        state_dict_saver.save(_shards(parts), checkpoint_id=ready)
+        state_dict_saver.save(_shards(parts, stepped), checkpoint_id=ready)
     if world.first:
         with replacing(ready / _REST) as file:
-            torch.save(content, file)
+            torch.save(content | {"stepped": stepped}, file)
         if target.exists():  # the same step, written again after a resume
             shutil.rmtree(target)
         os.rename(ready, target)
@@ -149,17 +154,18 @@ def _save_sharded(out: Path, step: int, parts: Parts, content: dict[str, Any], w
     world.barrier()
 
 
-def _restore_sharded(out: Path, parts: Parts) -> None:
-    state = _shards(parts)
+def _restore_sharded(out: Path, parts: Parts, stepped: bool) -> None:
+    state = _shards(parts, stepped)
+    # tensors are filled in place
     state_dict_loader.load(state, checkpoint_id=_newest(out))
-    set_state_dict(
-        parts.model,
-        parts.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
+    if stepped:
+        set_state_dict(
+            parts.model,
+            parts.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
     if parts.ema is not None:
-        # its tensors were filled in place
         parts.ema.n_averaged.copy_(state["averaged"])
 
 

@@ -12,7 +12,7 @@ import training_jobs
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes that differ in brightness, 20 images of each, 16 pixels wide."""
+    """Two classes that differ in brightness, a little, 20 images of each, 16 pixels wide."""
     pytest.importorskip("torchvision")
     return training_jobs.make_folder(tmp_path_factory.mktemp("images"), classes=2, images=20)
 
