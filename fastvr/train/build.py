@@ -72,7 +72,7 @@ def _create(a: Arguments, data: Data, num_classes: int) -> Model:
     try:
         return models.create(a.model, num_classes, data.in_chans, a.image_size)
     except ValueError as error:
-        raise UsageError(f"--model {a.model}: {error}") from None
+        raise UsageError(f"--model {a.model}, --image-size {a.image_size}: {error}") from None
 
 
 def _with_weights(model: Model, a: Arguments, data: Data) -> Model:

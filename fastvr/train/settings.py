@@ -161,5 +161,3 @@ def _check(a: Arguments) -> None:
             raise UsageError(f"{option(name)} must be {' or '.join(choices)}; got {getattr(a, name)!r}")
     if a.new_head and not a.checkpoint:
         raise UsageError("--new-head is for the weights of a --checkpoint")
-    if a.model in models.MINI and a.data == DIGITS and a.model == "vit_mini" and a.image_size % 4:
-        raise UsageError(f"--image-size must be a multiple of 4 for vit_mini; got {a.image_size}")
