@@ -148,8 +148,8 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: in
 
 
 def candidate_configs(dtype: torch.dtype, arch: str, *, norm: bool, m: int, n: int, k: int) -> list[Config]:
-    """Configurations that fit ``arch``, each with as many parts as make one wave of programs on a large GPU, two,
-    or with none; ``norm``: whether x is normalised on its way in."""
+    """Configurations that fit ``arch``, each with as many parts as make one wave of programs on a large GPU,
+    two, or with none; ``norm``: whether x is normalised on its way in."""
     if arch == "interpreter":
         return [_tile(64, 128, 128, 4, 1), _tile(32, 64, 128, 4, 1, SPLIT_M=2)]
     if dtype == torch.float32:
