@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastvr import ops
 from fastvr.backend import BackendError, current_backend, use_backend
-from fastvr.models.registry import create_model, list_models
+from fastvr.models.registry import build_model as create_model
+from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from fastvr.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from fastvr.prepare import PreparedModel, prepare

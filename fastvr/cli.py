@@ -159,7 +159,7 @@ def tune(
     from fastvr.compare import UsageError
     from fastvr.compare.progress import Reporter
     from fastvr.compare.settings import DTYPES, check_writable, write_json
-    from fastvr.models.registry import create_model, list_models
+    from fastvr.models.registry import find
 
     batches = _batches(batch)
     if dtype not in DTYPES:
@@ -168,8 +168,7 @@ def tune(
         _fail(f"--budget must be more than 0 seconds; got {budget}")
     try:
         check_writable(json)
-        if model not in list_models():
-            create_model(model)  # says which there are
+        find(model)
     except (UsageError, ValueError) as error:
         _fail(str(error).replace("create_model: name", "MODEL"))
     _check_tunable(dry_run)

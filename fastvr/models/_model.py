@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,8 +25,16 @@ class Model(nn.Module):
 
     generation: int = 0
     in_chans: int
+    # what other libraries call an argument, and what it is called here
+    other_names: ClassVar[Mapping[str, str]] = {}
     # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()
     _moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        for name in arguments:
+            if (ours := cls.other_names.get(name)) is not None:
+                raise TypeError(f"{cls.__name__}: there is no argument {name!r}; it is called {ours} here")
+        return super().__new__(cls)
 
     def normalize_images(self, mean: float | Sequence[float], std: float | Sequence[float]) -> Self:
         """Take uint8 images, as decoders give them, as ``(x / 255 - mean) / std``.
