@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.ops import _check
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class Model(nn.Module):
 
     generation: int = 0
     in_chans: int
+    preprocessing: Preprocessing | None = None
+    """How its images were prepared in training, where the checkpoint said so."""
     # what other libraries call an argument, and what it is called here
     other_names: ClassVar[Mapping[str, str]] = {}
     # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr.weights import encoder, timm, torchvision, transformers, transformers_resnet
+from fastvr.weights.describe import read_description
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
-from fastvr.weights.read import shorten
+from fastvr.weights.read import METADATA_KEY, shorten
 
 # a layout that another one's marks also fit comes after it
 _LAYOUTS = {
@@ -69,6 +70,8 @@ def recognise(
                 module.finish(renamed, state)
                 unused = tuple(key for key in state if key not in slots)
                 stated = module.stated(family, config, state)
+                if config is not None and isinstance(own := config.get(METADATA_KEY), Mapping):
+                    stated = read_description(own, source)
                 return Recognised(layout, family, renamed, origin, unused, stated)
     return None
 
