@@ -57,19 +57,32 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution, with torchvision's names; arguments as :class:`BasicBlock`."""
+    """A 1x1, a 3x3 and a 1x1 convolution, with torchvision's names; arguments as :class:`BasicBlock`, and
+
+    Args:
+        groups: of the 3x3 convolution (ResNeXt).
+        width_per_group: channels of each group over ``planes / 64`` (Wide ResNet, ResNeXt).
+    """
 
     expansion: ClassVar[int] = 4
 
     def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
-        self.conv1: nn.Module = conv1x1(inplanes, planes)
-        self.bn1: nn.Module = nn.BatchNorm2d(planes)
-        self.conv2: nn.Module = conv3x3(planes, planes, stride)
-        self.bn2: nn.Module = nn.BatchNorm2d(planes)
-        self.conv3: nn.Module = conv1x1(planes, planes * self.expansion)
+        width = int(planes * (width_per_group / 64)) * groups
+        self.conv1: nn.Module = conv1x1(inplanes, width)
+        self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.conv2: nn.Module = conv3x3(width, width, stride, groups)
+        self.bn2: nn.Module = nn.BatchNorm2d(width)
+        self.conv3: nn.Module = conv1x1(width, planes * self.expansion)
         self.bn3: nn.Module = nn.BatchNorm2d(planes * self.expansion)
         self.relu: nn.Module = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -157,8 +170,10 @@ def run_stage(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_planes, out_planes, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False
+    )
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -170,6 +185,9 @@ def _identity(downsample: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
         return x
     if _conv_and_norm(downsample):
         return conv_bn_relu(downsample[0], downsample[1], None, x)
+    if plain(downsample, nn.Sequential) and len(downsample) == 3:
+        # ResNet-D's: the pool or an identity first
+        return conv_bn_relu(downsample[1], downsample[2], None, downsample[0](x))
     y: torch.Tensor = downsample(x)
     return y
 

@@ -24,8 +24,15 @@ def stem(
 ) -> torch.Tensor:
     """``maxpool(relu(bn(conv(x))))`` of images; uint8 ones become ``dtype`` by ``mean`` and ``std``.
 
+    ``conv`` may be ResNet-D's: three 3x3 convolutions, the first two with BatchNorm and ReLU.
+
     One launch where ``bn`` normalises by its running statistics and no module is observed or replaced.
     """
+    if plain(conv, nn.Sequential) and len(conv) == 7:
+        x, mean, std = normalize(x, mean, std, dtype), None, None
+        for first in (0, 3):
+            x = conv_bn_relu(conv[first], conv[first + 1], conv[first + 2], x)
+        conv = conv[6]
     norm = batch_norm(bn)
     if (
         norm is not None
