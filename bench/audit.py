@@ -44,6 +44,8 @@ _NO_PRODUCTS = (
     "layer_norm_backward",
     "batch_norm_act",
     "batch_norm_act_backward",
+    "batch_norm_act_max_pool",
+    "batch_norm_act_max_pool_backward",
     "residual_block",
     "residual_block_backward",
     "max_pool",

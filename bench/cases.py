@@ -167,6 +167,10 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
+        **{
+            op: [Case.of(op, "64 112px", batch=batch, channels=64, height=112, width=112)]
+            for op in ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward")
+        },
         "residual_block": [block("residual_block", *sizes, **rest) for *sizes, rest in trained],
         "residual_block_backward": [
             block("residual_block_backward", *sizes, **rest) for *sizes, rest in trained
@@ -262,6 +266,10 @@ SMALL: dict[str, list[Case]] = {
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
     ],
+    **{
+        op: [Case.of(op, "stem", batch=2, channels=16, height=14, width=14)]
+        for op in ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward")
+    },
     "residual_block": [
         Case.of(
             "residual_block", "+res", batch=2, planes=16, out=64, stride=1, residual=True, height=7, width=7,

@@ -372,6 +372,21 @@ def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
     return arguments
 
 
+def _batch_norm_act_max_pool(case: Case, make: _Maker) -> dict[str, Any]:
+    x, weight, bias, eps, *_ = _batch_norm_act(case, make).values()
+    pool = {"kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1]}
+    return {"x": x, "weight": weight, "bias": bias, "eps": eps, **pool}
+
+
+def _batch_norm_act_max_pool_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.reference.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    given = _batch_norm_act_max_pool(case, make)
+    y, mean, var, taps = batch_norm_act_max_pool(**given)
+    grad = make.image(*y.shape)
+    return given | {"grad": grad, "mean": mean, "var": var, "taps": taps, "needs_x": True}
+
+
 def _residual_block(case: Case, make: _Maker) -> dict[str, Any]:
     from fastvr.ops.residual_block import Layer
 
@@ -449,6 +464,8 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "conv_bn_relu_max_pool": _conv_bn_relu_max_pool,
     "batch_norm_act": _batch_norm_act,
     "batch_norm_act_backward": _batch_norm_act_backward,
+    "batch_norm_act_max_pool": _batch_norm_act_max_pool,
+    "batch_norm_act_max_pool_backward": _batch_norm_act_max_pool_backward,
     "residual_block": _residual_block,
     "residual_block_backward": _residual_block_backward,
     "max_pool": _max_pool,

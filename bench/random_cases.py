@@ -81,6 +81,8 @@ _KINDS: _Kinds = {
     ],
     "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
     "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
+    "batch_norm_act_max_pool": [{}],
+    "batch_norm_act_max_pool_backward": [{}],
     "residual_block": _RESIDUAL_BLOCKS,
     "residual_block_backward": _RESIDUAL_BLOCKS,
     "bottleneck": [
@@ -134,10 +136,10 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
     elif "conv_bn_relu" in op or "bottleneck" in op or "residual_block" in op:
         drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
-    elif op.startswith("batch_norm_act"):
+    elif op in ("batch_norm_act", "batch_norm_act_backward"):
         drawn |= {"channels": pick(1, 31, 64, 130, large=(512, 2048))}
         drawn |= {"height": pick(7, 14, 31), "width": pick(7, 14, large=(56,))}
-    elif op == "max_pool":
+    elif "max_pool" in op:
         drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
     else:
         drawn |= {"channels": pick(1, 31, 512, large=(2048,)), "height": pick(1, 7, 14), "width": pick(1, 7)}

@@ -184,6 +184,8 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
+    pool, taps = ([3, 3], [2, 2], [1, 1]), pixels[..., :28, :28].to(torch.uint8)
+    trained = (pixels, *(windows, t(64), t(64)) * 2, *[None] * 6, [1e-5] * 4, [1] * 4, [1] * 4)
     block = (*conv2, *conv3, [1, 1], pixels, *[None] * 6, 1e-5, [1, 1])
     return {
         "patch_embed": patches,
@@ -217,8 +219,18 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         ),
         "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu"),
         "batch_norm_act_backward": (
-            *(pixels, pixels, pixels, moments, moments, t(64), 1e-5),
+            *(pixels, pixels, pixels, moments, moments, t(64), None, 1e-5),
             *(True, True, True),
+        ),
+        "batch_norm_act_max_pool": (pixels, t(64), t(64), 1e-5, *pool),
+        "batch_norm_act_max_pool_backward": (
+            *(pixels[..., :28, :28], pixels, t(64), t(64), moments, moments, taps, 1e-5),
+            *(*pool, True),
+        ),
+        "residual_block": trained,
+        "residual_block_backward": (
+            *(pixels, None, moments.repeat(4), pixels, pixels, t(0), t(0), t(0).to(torch.uint8)),
+            *(*trained, [True] * 16),
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),

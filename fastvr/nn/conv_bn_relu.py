@@ -74,7 +74,14 @@ def conv_bn_relu(
             act="none" if relu is None else "relu",
             residual=residual,
         )
-    made = convolve(conv, x)
+    return norm_act(bn, relu, convolve(conv, x), residual)
+
+
+def norm_act(
+    bn: nn.Module, relu: nn.Module | None, made: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``relu(bn(made) + residual)``, one op where ``bn`` normalises by the batch's statistics, its
+    kernel runs and no module is observed or replaced."""
     act = "none" if relu is None else "relu"
     if (
         takes_batch_statistics(bn)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvr.ops.batch_norm_act import map_rows, normalise, reduction_parts, row_config
+from fastvr.ops.batch_norm_act import normalise
 from fastvr.ops.conv_bn_relu import CONV_BN_RELU, output_size
 from fastvr.reference.residual_block import Layer
 
@@ -130,14 +130,6 @@ def convolve(x: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 def normalised(z: torch.Tensor, statistics: Statistics, layer: Layer) -> torch.Tensor:
     return normalise(z, *statistics, layer.bn_weight, layer.bn_bias, layer.eps)
-
-
-def measure(z: torch.Tensor, statistics: Statistics) -> None:
-    from fastvr.kernels.batch_norm_act import launch_batch_norm_stats
-
-    pixels, config = map_rows(z), row_config("batch_norm_act", z)
-    parts = reduction_parts(pixels, 3, config)
-    launch_batch_norm_stats(x=pixels, parts=parts, mean=statistics.mean, var=statistics.var, config=config)
 
 
 def shortcut_arguments(

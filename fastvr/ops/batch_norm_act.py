@@ -53,6 +53,16 @@ def batch_norm_act(
             all has no variance: as PyTorch says it.
     """
     op = "batch_norm_act"
+    check_batch_norm_act(op, x, weight, bias, eps)
+    _check.companion(op, "residual", residual, tuple(x.shape), x)
+    _check.choice(op, "act", act, ACTIVATIONS)
+    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
+
+
+def check_batch_norm_act(
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> None:
+    """What the ops of BatchNorm in training share."""
     _check.operand(op, "x", x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be [N, C, H, W]; got {list(x.shape)}")
@@ -64,9 +74,6 @@ def batch_norm_act(
     _check.companion(op, "bias", bias, (x.shape[1],), x, dtype=weight.dtype)
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0; got {eps}")
-    _check.companion(op, "residual", residual, tuple(x.shape), x)
-    _check.choice(op, "act", act, ACTIVATIONS)
-    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
 
 
 def fuses_batch_norm_act(
@@ -122,6 +129,14 @@ def reduction_parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> tor
     return backend.empty(size, dtype=torch.float32, device=rows.device)
 
 
+def measure(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
+    """Each channel's mean and biased variance, written to ``mean`` and ``var``."""
+    from fastvr.kernels.batch_norm_act import launch_batch_norm_stats
+
+    rows, config = map_rows(x), row_config("batch_norm_act", x)
+    launch_batch_norm_stats(x=rows, parts=reduction_parts(rows, 3, config), mean=mean, var=var, config=config)
+
+
 def normalise(
     x: torch.Tensor,
     mean: torch.Tensor,
@@ -163,14 +178,14 @@ class Arguments(NamedTuple):
 
 
 def _kernel(a: Arguments) -> _Statistics:
-    from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd, launch_batch_norm_stats
+    from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd
 
     y = map_like(a.x, result_dtype(a.x, a.residual))
     mean, var = (backend.empty((a.x.shape[1],), dtype=torch.float32, device=a.x.device) for _ in range(2))
     if a.x.numel() == 0:
         return y, mean.zero_(), var.zero_()
     rows, config = map_rows(a.x), row_config("batch_norm_act", a.x)
-    launch_batch_norm_stats(x=rows, parts=reduction_parts(rows, 3, config), mean=mean, var=var, config=config)
+    measure(a.x, mean, var)
     launch_batch_norm_act_fwd(
         x=rows,
         mean=mean,

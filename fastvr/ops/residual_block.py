@@ -27,14 +27,13 @@ from fastvr.ops._residual import (
     flat,
     kept,
     made,
-    measure,
     normalised,
     products,
     shortcut_arguments,
     signs_size,
     split,
 )
-from fastvr.ops.batch_norm_act import map_like, map_rows, row_config, table_key
+from fastvr.ops.batch_norm_act import map_like, map_rows, measure, row_config, table_key
 from fastvr.ops.conv_bn_relu import too_many_pixels
 from fastvr.ops.residual_block_backward import RESIDUAL_BLOCK_BACKWARD
 from fastvr.reference.residual_block import Layer
@@ -167,7 +166,7 @@ def _kernel(a: Arguments) -> Results:
     maps, value = [], a.x
     for layer, found in zip(block.branch, statistics, strict=False):
         z = convolve(value, layer)
-        measure(z, found)
+        measure(z, *found)
         maps.append(z)
         if layer is not block.branch[-1]:
             value = normalised(z, found, layer)
@@ -175,7 +174,7 @@ def _kernel(a: Arguments) -> Results:
     identity, parts = a.x, shortcut_arguments(None, None, None) | {"shortcut_bias": None}
     if block.shortcut is not None:
         identity = convolve(a.x, block.shortcut)
-        measure(identity, statistics[-1])
+        measure(identity, *statistics[-1])
         maps.append(identity)
         parts = shortcut_arguments(identity, statistics[-1], block.shortcut)
         parts["shortcut_bias"] = block.shortcut.bn_bias.contiguous()
