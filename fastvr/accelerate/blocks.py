@@ -126,7 +126,7 @@ class FastMlp(Accelerated, Mlp):
         return not ordinary_linear(self.fc1, self.fc2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.separate() or not takes(x, self.fc1.weight):
+        if not takes(x, getattr(self.fc1, "weight", None)) or self.separate():
             y: torch.Tensor = self.own_forward(x)
             return y
         return super().branch(x)
@@ -209,9 +209,9 @@ class SplitAttention(Accelerated):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if (
-            attention_mask is not None
+            not takes(hidden_states, getattr(self.q_proj, "weight", None))
+            or attention_mask is not None
             or any(map(given, kwargs.values()))
-            or not takes(hidden_states, getattr(self.q_proj, "weight", None))
             or hidden_states.dim() != 3
             or self.separate()
             # "eager" also returns the weights

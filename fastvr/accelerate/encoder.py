@@ -69,8 +69,8 @@ class MultiheadAttention(Accelerated):
             or key_padding_mask is not None
             or attn_mask is not None
             or key is not value
-            or self.separate()
             or not all(takes(x, self.in_proj_weight) and x.dim() == 3 for x in (query, key))
+            or self.separate()
         ):
             result: tuple[torch.Tensor, torch.Tensor | None] = self.own_forward(
                 query,

@@ -38,7 +38,8 @@ class TimmAttention(PackedAttention):
         given = (
             {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         )
-        if given or self.separate() or not takes(x, self.qkv.weight) or x.dim() != 3:
+        weight = getattr(self.qkv, "weight", None)
+        if given or not takes(x, weight) or x.dim() != 3 or self.separate():
             y: torch.Tensor = self.own_forward(x, **given)
             return y
         return self.branch(x)
