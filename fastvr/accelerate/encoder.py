@@ -21,7 +21,7 @@ _SEQUENCE_FIRST = (
 class MultiheadAttention(Accelerated):
     """Of one sequence or of two, with ``need_weights=False`` and without masks; PyTorch's own otherwise."""
 
-    runs = "linear, attention (attention_kv across sequences), linear"
+    runs = "with need_weights=False and no mask: linear, attention (attention_kv across sequences), linear"
     part_names = ("out_proj",)
 
     in_proj_weight: torch.Tensor

@@ -49,6 +49,11 @@ class Accelerated(nn.Module):
         return None
 
     @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        """``runs``, for this module."""
+        return cls.runs
+
+    @classmethod
     def note(cls, module: nn.Module) -> str | None:
         """What the user of ``module`` should know, or None."""
         return None

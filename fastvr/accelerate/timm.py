@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -119,6 +119,8 @@ class TimmEvaBlock(Accelerated):
 class _TimmResidual:
     """What timm's residual blocks have besides torchvision's."""
 
+    runs: ClassVar[str]
+
     def simple(self) -> bool:
         acts = [getattr(self, name) for name in ("act1", "act2", "act3") if hasattr(self, name)]
         return (
@@ -128,6 +130,13 @@ class _TimmResidual:
             and passes(getattr(self, "drop_block", None))
             and passes(getattr(self, "aa", None))
         )
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        assert isinstance(module, _TimmResidual)
+        if module.simple():
+            return cls.runs
+        return "conv_bn_relu; squeeze-and-excite, another activation and the like in PyTorch"
 
     def finish_branch(self, y: torch.Tensor, x: torch.Tensor, act: nn.Module) -> torch.Tensor:
         """Squeeze-and-excite and stochastic depth, which stay PyTorch's, shortcut and activation."""

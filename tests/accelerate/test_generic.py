@@ -154,6 +154,16 @@ def test_what_single_modules_leave_to_pytorch(module, x, hold) -> None:
     assert not ran or module.weight.dtype == torch.float64
 
 
+def test_a_stride_that_changes_later(images) -> None:
+    conv = nn.Conv2d(3, 32, 8, 8)
+    fastvr.accelerate(conv)
+    conv.stride = (4, 4)
+    with torch.no_grad():
+        expected = nn.functional.conv2d(images, conv.weight, conv.bias, stride=4)
+        with fastvr.use_backend("triton"):
+            assert torch.equal(conv(images), expected)
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -215,9 +225,9 @@ def test_the_report(capsys: Any) -> None:
     assert not capsys.readouterr().out
     assert report.counts == {"torch LayerNorm": 2}
     assert str(report).splitlines() == [
-        "2 modules run on fastvr",
+        "on fastvr: 2",
         "  2 x torch LayerNorm  0, ...  layer_norm",
         "",
-        "1 modules are left to PyTorch",
+        "left to PyTorch: 1",
         "  1 x torch Linear  2  one matrix product with nothing around it: one launch already",
     ]
