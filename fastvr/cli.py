@@ -159,7 +159,7 @@ def tune(
     from fastvr.compare import UsageError
     from fastvr.compare.progress import Reporter
     from fastvr.compare.settings import DTYPES, check_writable, write_json
-    from fastvr.models.registry import create_model, list_models
+    from fastvr.models.registry import find
 
     batches = _batches(batch)
     if dtype not in DTYPES:
@@ -168,8 +168,7 @@ def tune(
         _fail(f"--budget must be more than 0 seconds; got {budget}")
     try:
         check_writable(json)
-        if model not in list_models():
-            create_model(model)  # says which there are
+        find(model)
     except (UsageError, ValueError) as error:
         _fail(str(error).replace("create_model: name", "MODEL"))
     _check_tunable(dry_run)
@@ -222,6 +221,193 @@ def _check_tunable(dry_run: bool) -> None:
         )
     elif (reason := backend.unavailable(torch.device("cuda"))) is not None:
         _fail(f"there is nothing to tune: {reason}")
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="For the weights, the losses, the curve, the checkpoint.")
+    ] = Path("fastvr-run"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in DIR; its arguments need not be repeated.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="vit_mini (default), resnet_mini, vit_base, resnet50, ...")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|digits",
+            help="One subfolder of images a class, or train/ and val/ with such. Digits: scikit-learn's.",
+        ),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="224; 32 or 8 for the mini models.")] = None,
+    val_share: Annotated[
+        float | None, typer.Option(help="Held out of a folder without val/: 0.1; of the digits: 0.25.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Weights to begin with, timm's or torchvision's.")
+    ] = None,
+    new_head: Annotated[
+        bool | None, typer.Option("--new-head", help="Of them all but the classifier.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="30.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="64, of all processes together.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw (default) or sgd.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="At its peak. 5e-4 * batch / 512; sgd 0.1 * batch / 256; mini models 2e-3."),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="0.05; sgd 1e-4.")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(metavar="EPOCHS", help="Of rising learning rate: a twentieth.")
+    ] = None,
+    clip_grad: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient: 1; 0 for any.")
+    ] = None,
+    mixup: Annotated[float | None, typer.Option(metavar="ALPHA", help="0: none.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="0.1.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Moving average of the weights; 0: none.")
+    ] = None,
+    amp: Annotated[str | None, typer.Option(help="bf16, fp16 or off. On a GPU bf16, else off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, crops, dropout: 0.")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="Bit for bit repeatable on a GPU too; slower.")
+    ] = None,
+    fsdp: Annotated[
+        bool | None, typer.Option("--fsdp", help="Under torchrun: shard the weights (FSDP2); else DDP.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read images, for each that trains.")
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(metavar="STEPS", help="Checkpoints besides those at the end of each epoch.")
+    ] = 0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="That a process waits for another.")
+    ] = 300.0,
+) -> None:
+    """Train a model: by itself a small ViT on handwritten digits, in a minute or two on a CPU.
+
+    A run that was killed goes on with --resume, to the same losses. In several processes:
+    torchrun --nproc-per-node N -m fastvr train. Exit status 1 where the loss is
+    NaN or another process is gone, 2 after a mistake, 130 after Ctrl-C.
+    """
+    arguments = {
+        "model": model,
+        "data": data,
+        "image_size": image_size,
+        "val_share": val_share,
+        "checkpoint": checkpoint,
+        "new_head": new_head,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "clip_grad": clip_grad,
+        "mixup": mixup,
+        "label_smoothing": label_smoothing,
+        "ema": ema,
+        "amp": amp,
+        "seed": seed,
+        "deterministic": deterministic,
+        "fsdp": fsdp,
+    }
+    from fastvr.backend import BackendError
+    from fastvr.compare import UsageError
+    from fastvr.train import record, result, run
+    from fastvr.train.distributed import LostProcess
+    from fastvr.train.settings import Settings
+
+    given = {name: value for name, value in arguments.items() if value is not None}
+    settings = Settings(out, given, resume, device, workers, save_every, timeout)
+    try:
+        ended = run.train(settings)
+    except (UsageError, BackendError) as error:
+        _fail(str(error))
+    except (FloatingPointError, LostProcess) as error:
+        typer.echo(f"fastvr: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Go on with: fastvr train --out {out} --resume", err=True)
+        raise typer.Exit(130) from None
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"{ended.accuracy:.2%} of the validation images right after {ended.steps:,} steps "
+            f"({ended.epochs} epochs), {ended.seconds:.0f} s\n"
+            f"{out}: {result.WEIGHTS}, {result.CARD}, {record.LOSSES}, {record.CURVE}"
+        )
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint: a file or a folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors or .pt file, or a folder.")],
+    to: Annotated[str, typer.Option(help="timm, torchvision or transformers.")],
+    num_classes: Annotated[
+        int | None, typer.Option(help="With a new head, untrained; 0 takes the head off.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="With the positions resampled.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+    norm_eps: Annotated[
+        float | None, typer.Option(help="Another eps of the LayerNorms: another function, by that much.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in another library's layout, with its configuration and preprocessing.
+
+    IN may be of timm, torchvision, transformers, or a ViT around a plain nn.TransformerEncoder.
+    """
+    from fastvr.weights.build import load_model
+    from fastvr.weights.save import save_model
+
+    overrides = {"num_heads": num_heads, "norm_eps": norm_eps}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        model = load_model(source, num_classes=num_classes, img_size=image_size, **given)
+        written = save_model(model, target, to)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error).replace("save_model: ", "").replace("load_model: ", ""))
+    typer.echo(f"Written to {written}", err=True)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file or a folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(metavar="N", help="Random images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    num_heads: Annotated[int | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+) -> None:
+    """Load CHECKPOINT in its own library and here: the error of each against float64.
+
+    Exit status 1 where fastvr's breaks the parity rule.
+    """
+    from fastvr import verify as module
+    from fastvr.compare.settings import DTYPES
+
+    if dtype not in DTYPES:
+        _fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if batch < 1:
+        _fail(f"--batch must be at least 1; got {batch}")
+    try:
+        found = module.verify(checkpoint, dtype=DTYPES[dtype], batch=batch, seed=seed, num_heads=num_heads)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in (f"{dtype}, {batch} images", "max error", "RMS error"):
+        table.add_column(heading, justify="left" if heading.startswith(dtype) else "right")
+    for name, report in ((found.library, found.theirs), ("fastvr", found.ours)):
+        table.add_row(name, f"{report.max_error:.3g}", f"{report.rms_error:.3g}")
+    table.add_row("allowed", f"{found.ours.max_bound:.3g}", f"{found.ours.rms_bound:.3g}")
+    console = _console()
+    console.print(Text(f"{checkpoint}: {type(found.model).__name__} in the layout of {found.layout}\n"))
+    console.print(table)
+    console.print(Text(f"\nAgainst float64: {found.ours.verdict}."))
+    raise typer.Exit(0 if found.ours.passed else 1)
 
 
 @app.command()
