@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import FeedForward, fusable, residual_branch
+from fastvr.accelerate.blocks import FeedForward, attend, fusable, residual_branch
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.plain import join, layer_norm
 from fastvr.ops.attention import attention, attention_kv
@@ -93,6 +93,9 @@ class MultiheadAttention(Accelerated):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``residual + gamma * attention(norm(x))`` of one sequence."""
+        if self.batch_first and not self.separate():
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            return attend(x, norm, weight, bias, self.out_proj, self.num_heads, None, gamma, residual)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=True)
         if self.separate():
