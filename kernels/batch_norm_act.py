@@ -73,15 +73,17 @@ def _batch_norm_stats_kernel(
 
 @triton.jit(do_not_specialize=["M", "ROWS"])
 def _batch_norm_merge_kernel(
-    parts_ptr,  # [ceil(M / ROWS), 3, C] float32: sum, mean - x[0], M2
+    parts_ptr,  # [ceil(M / ROWS), 3, C] float32: sum, mean - x[0], M2; or [ceil(M / ROWS), 2, C]: sum, M2
     mean_ptr,  # [C] float32
     var_ptr,  # [C] float32
     M,
     C,
     ROWS,
+    SHIFTED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    SUMS: tl.constexpr = 3 if SHIFTED else 2
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < C
     num_parts = tl.cdiv(M, ROWS)
@@ -91,18 +93,25 @@ def _batch_norm_merge_kernel(
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < num_parts)[:, None] & mask_n[None, :]
         size = tl.minimum(M - offs_p * ROWS, ROWS).to(tl.float32)[:, None]
-        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * 3 * C + offs_n[None, :]
-        total += tl.load(parts, mask=mask, other=0.0)
-        shifted += tl.load(parts + C, mask=mask, other=0.0) * size
+        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * SUMS * C + offs_n[None, :]
+        share = tl.load(parts, mask=mask, other=0.0)
+        total += share
+        if SHIFTED:
+            share = tl.load(parts + C, mask=mask, other=0.0) * size
+        shifted += share
     whole = tl.sum(shifted, 0) / M
     m2 = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, num_parts, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < num_parts)[:, None] & mask_n[None, :]
         size = tl.minimum(M - offs_p * ROWS, ROWS).to(tl.float32)[:, None]
-        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * 3 * C + offs_n[None, :]
-        deviation = tl.load(parts + C, mask=mask, other=0.0) - whole[None, :]
-        inner = tl.load(parts + 2 * C, mask=mask, other=0.0)
+        parts = parts_ptr + offs_p.to(tl.int64)[:, None] * SUMS * C + offs_n[None, :]
+        if SHIFTED:
+            mean = tl.load(parts + C, mask=mask, other=0.0)
+        else:
+            mean = tl.load(parts, mask=mask, other=0.0) / tl.maximum(size, 1.0)
+        deviation = mean - whole[None, :]
+        inner = tl.load(parts + (SUMS - 1) * C, mask=mask, other=0.0)
         m2 += tl.where(mask, inner + size * deviation * deviation, 0.0)
     tl.store(mean_ptr + offs_n, tl.sum(total, 0) / M, mask=mask_n)
     tl.store(var_ptr + offs_n, tl.sum(m2, 0) / M, mask=mask_n)
@@ -319,15 +328,32 @@ def launch_batch_norm_stats(
     launch(
         _batch_norm_stats_kernel, (len(parts) * num_c,), config, x_ptr=x, parts_ptr=parts, ROWS=ROWS, **sizes
     )
+    merge_moments(parts=parts, mean=mean, var=var, M=M, ROWS=ROWS, config=config)
+
+
+def merge_moments(
+    *,
+    parts: torch.Tensor,  # [ceil(M / ROWS), 3 or 2, C] float32: sum, mean - x[0] or nothing, M2
+    mean: torch.Tensor,  # [C] float32
+    var: torch.Tensor,  # [C] float32
+    M: int,
+    ROWS: int,
+    config: dict[str, int],
+) -> None:
+    sums, C = parts.shape[1:]
+    # a convolution leaves a part a tile, thousands of them
+    block_p = 256 if sums == 2 else _MERGE["BLOCK_P"]
     launch(
         _batch_norm_merge_kernel,
         (ceil_div(C, _MERGE["BLOCK_N"]),),
-        _merge_config(config),
+        _merge_config(config) | {"BLOCK_P": block_p},
         parts_ptr=parts,
         mean_ptr=mean,
         var_ptr=var,
+        M=M,
+        C=C,
         ROWS=ROWS,
-        **sizes,
+        SHIFTED=sums == 3,
     )
 
 
