@@ -155,7 +155,7 @@ def convolve_and_measure(
 
 
 def _fused(a: Convolution, statistics: Statistics, before: tuple[Statistics, Layer] | None) -> torch.Tensor:
-    from fastvr.kernels.batch_norm_act import merge_moments
+    from fastvr.kernels.batch_norm_stats import merge_moments
     from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
 
     z = empty_result(a)
