@@ -35,6 +35,7 @@ _CONVOLUTIONS = (
     "conv_bn_relu_max_pool",
     "bottleneck",
     "bottleneck_chain",
+    "residual_block",
     "patch_embed",
     "patch_embed_stats",
 )
@@ -46,7 +47,6 @@ _NO_PRODUCTS = (
     "batch_norm_act_backward",
     "batch_norm_act_max_pool",
     "batch_norm_act_max_pool_backward",
-    "residual_block",
     "residual_block_backward",
     "max_pool",
 )

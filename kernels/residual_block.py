@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from fastvr.kernels.activations import relu
-from fastvr.kernels.batch_norm_act import merge_gradient_sums, rows_a_part
+from fastvr.kernels.batch_norm_act import merge_gradient_sums
+from fastvr.kernels.batch_norm_stats import rows_a_part
 from fastvr.kernels.common import ceil_div, launch
 
 

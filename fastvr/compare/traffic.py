@@ -125,6 +125,10 @@ def _nbytes(tensor: Tensor) -> int:
     return math.prod(once) * tensor.element_size()
 
 
+def _written(argument: torch.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
 def _distinct(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors, two views of the same bytes counted once."""
     sizes: dict[tuple[int, int, int], int] = {}
@@ -224,6 +228,10 @@ class _Counter(TorchDispatchMode):
         if not self._computing and func._overloadpacket in flop_registry:
             self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not results:
+            # what returns nothing may write into its arguments, as lists of tensors are moved
+            written = (arg for arg, spec in zip(args, func._schema.arguments, strict=False) if _written(spec))
+            results = [leaf for leaf in tree_leaves(list(written)) if isinstance(leaf, Tensor)]
         if func in _FREE or func.is_view or not results:
             return out
         read = _distinct(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

@@ -34,20 +34,20 @@ def train_block(
         if not plain(shortcut, nn.Sequential) or len(shortcut) != 2:
             return None
         pairs.append((shortcut[0], shortcut[1]))
-    layers, norms = [], []
+    layers: list[Layer] = []
+    norms: list[nn.BatchNorm2d] = []
     for conv, bn in pairs:
         layer = _layer(conv, bn, x)
         if layer is None:
             return None
+        assert isinstance(bn, nn.BatchNorm2d)
         layers.append(layer)
         norms.append(bn)
     inside, other = layers[: len(branch)], layers[-1] if shortcut is not None else None
     if not fuses_residual_block(x, inside, other):
         return None
     y, statistics, pixels = residual_block(x, inside, other)
-    for bn, found, count in zip(norms, statistics, pixels, strict=True):
-        assert isinstance(bn, nn.BatchNorm2d)
-        track(bn, *found, count)
+    track(norms, statistics, pixels)
     return y
 
 

@@ -70,7 +70,7 @@ def stem(
         pool = maxpool.kernel_size, maxpool.stride, maxpool.padding
         if fuses_max_pool(made, bn, *pool):
             y, batch_mean, batch_var = batch_norm_act_max_pool(made, bn.weight, bn.bias, *pool, eps=bn.eps)
-            track(bn, batch_mean, batch_var, made.numel() // made.shape[1])
+            track([bn], [(batch_mean, batch_var)], [made.numel() // made.shape[1]])
             return y
         return pool_map(maxpool, norm_act(bn, relu, made))
     return pool_map(maxpool, conv_bn_relu(conv, bn, relu, image))

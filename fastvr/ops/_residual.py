@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvr.ops.batch_norm_act import normalise
-from fastvr.ops.conv_bn_relu import CONV_BN_RELU, output_size
+from fastvr import backend, tuning
+from fastvr.ops.batch_norm_act import measure, normalise
+from fastvr.ops.conv_bn_relu import CONV_BN_RELU, empty_result, gathered, output_size, table_key
+from fastvr.ops.conv_bn_relu import Arguments as Convolution
 from fastvr.reference.residual_block import Layer
 
 # Input channels up to which the product of a 1x1 convolution is made again
 _AGAIN = 64
 MOST = 3  # convolutions of a branch
+_MANY = 128  # pixels from which no configuration splits K
 
 
 class Statistics(NamedTuple):
@@ -122,10 +125,78 @@ def signs_size(y_shape: Sequence[int]) -> tuple[int, int] | None:
     return (n * h * w, c // 8) if c % 8 == 0 else None
 
 
-def convolve(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _alone(x: torch.Tensor, layer: Layer) -> Convolution:
+    """The arguments of the convolution's op."""
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
-    nothing = [None] * 4
-    return CONV_BN_RELU(x, layer.weight, *nothing, 1e-5, stride, padding, 1, "none", None, None, None)
+    nothing: list[Any] = [None] * 4
+    numbers: list[Any] = [1e-5, stride, padding, 1, "none", None, None, None]
+    arguments = [x, layer.weight, *nothing, *numbers]
+    return Convolution(*arguments)
+
+
+def convolve(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    return CONV_BN_RELU(*_alone(x, layer))
+
+
+def convolve_and_measure(
+    x: torch.Tensor, layer: Layer, statistics: Statistics, before: tuple[Statistics, Layer] | None = None
+) -> torch.Tensor:
+    """What ``layer`` convolves x to, or relu(bn(x)) by ``before``; ``statistics`` are written.
+
+    Of a 1x1 convolution, which memory bounds, one kernel does it all. That of a larger window has more to
+    compute than to read, and nothing to spare.
+    """
+    pointwise = tuple(layer.weight.shape[2:]) == (1, 1) and layer.padding == 0
+    if pointwise and CONV_BN_RELU.chosen(*_alone(x, layer)):
+        return _fused(_alone(x, layer), statistics, before)
+    z = convolve(x if before is None else normalised(x, *before), layer)
+    measure(z, *statistics)
+    return z
+
+
+def _fused(a: Convolution, statistics: Statistics, before: tuple[Statistics, Layer] | None) -> torch.Tensor:
+    from fastvr.kernels.batch_norm_stats import merge_moments
+    from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
+
+    z = empty_result(a)
+    n, o, oh, ow = z.shape
+    pixels, dtype, arch = n * oh * ow, z.dtype, backend.architecture(z.device)
+    scalar = gathered(a.x, a.weight)
+    # by pointers and unsplit: what is loaded passes through registers, and a tile has its sums whole
+    config = tuning.config(
+        "residual_block_conv",
+        table_key(a.x, a.weight, a.stride, a.padding, 1, op="residual_block_conv"),
+        z.device,
+        default=lambda: default_config(max(pixels, _MANY), o, dtype, arch, gathered=scalar),
+        candidates=lambda: candidate_configs(dtype, arch, gathered=scalar),
+    )
+    rows = config["BLOCK_M"]
+    shares = backend.empty((-(-pixels // rows), 2, o), dtype=torch.float32, device=z.device)
+    given = None
+    if before is not None:
+        moments, layer = before
+        given = moments._asdict() | {
+            "weight": layer.bn_weight.contiguous(),
+            "bias": layer.bn_bias.contiguous(),
+            "eps": layer.eps,
+        }
+    launch_conv_bn_relu_fwd(
+        x=a.x,
+        weight=a.weight,
+        y=z,
+        stride=(a.stride[0], a.stride[1]),
+        padding=(0, 0),
+        groups=1,
+        config=config,
+        before=given,
+        shares=shares,
+        **dict.fromkeys(("mean", "std", "bn_weight", "bn_bias", "running_mean", "running_var", "residual")),
+        act="none",
+        eps=0.0,
+    )
+    warps = {"num_warps": config["num_warps"], "num_stages": 1}
+    merge_moments(parts=shares, **statistics._asdict(), M=pixels, ROWS=rows, config=warps)
+    return z
 
 
 def normalised(z: torch.Tensor, statistics: Statistics, layer: Layer) -> torch.Tensor:

@@ -108,7 +108,7 @@ def table_key(op: str, dtype: torch.dtype, shape: Sequence[int]) -> str:
 
 
 def row_config(op: str, x: torch.Tensor) -> tuning.Config:
-    from fastvr.kernels.batch_norm_act import candidate_configs, default_config
+    from fastvr.kernels.batch_norm_stats import candidate_configs, default_config
 
     c, arch = x.shape[1], backend.architecture(x.device)
     return tuning.config(
@@ -122,7 +122,7 @@ def row_config(op: str, x: torch.Tensor) -> tuning.Config:
 
 def reduction_parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> torch.Tensor:
     """What the programs that reduce leave: ``sums`` values of each channel from each."""
-    from fastvr.kernels.batch_norm_act import rows_a_part
+    from fastvr.kernels.batch_norm_stats import rows_a_part
 
     m, c = rows.shape
     size = (-(-m // rows_a_part(m, c, config)), sums, c)
@@ -131,7 +131,7 @@ def reduction_parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> tor
 
 def measure(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
     """Each channel's mean and biased variance, written to ``mean`` and ``var``."""
-    from fastvr.kernels.batch_norm_act import launch_batch_norm_stats
+    from fastvr.kernels.batch_norm_stats import launch_batch_norm_stats
 
     rows, config = map_rows(x), row_config("batch_norm_act", x)
     launch_batch_norm_stats(x=rows, parts=reduction_parts(rows, 3, config), mean=mean, var=var, config=config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -177,7 +177,13 @@ def _wide(t: torch.Tensor) -> bool:
 
 
 def table_key(
-    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    *,
+    op: str = "conv_bn_relu",
 ) -> str:
     n, o, oh, ow = _output_shape(x, weight, stride, padding)
     _, c, kh, kw = weight.shape
@@ -192,7 +198,7 @@ def table_key(
     }
     if x.dtype == torch.uint8:
         sizes["u8"] = 1
-    return tuning.key("conv_bn_relu", weight.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
+    return tuning.key(op, weight.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
 
 
 class Arguments(NamedTuple):
@@ -212,14 +218,21 @@ class Arguments(NamedTuple):
     std: torch.Tensor | None
 
 
+def empty_result(a: Arguments) -> torch.Tensor:
+    return backend.empty(
+        _output_shape(a.x, a.weight, a.stride, a.padding),
+        dtype=result_dtype(a.weight, a.residual),
+        device=a.x.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
     from fastvr.kernels.conv_boxes import launch_conv_boxes_fwd, takes_boxes
 
-    n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
-    y = backend.empty(
-        shape, dtype=result_dtype(a.weight, a.residual), device=a.x.device, memory_format=torch.channels_last
-    )
+    y = empty_result(a)
+    n, o, oh, ow = y.shape
     if n == 0:
         return y
     pixels, terms, dtype = n * oh * ow, math.prod(a.weight.shape[1:]), a.weight.dtype
@@ -236,7 +249,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         ),
         candidates=lambda: candidate_configs(dtype, arch, gathered=scalar, boxes=boxes(), m=pixels),
     )
-    epilogue = {
+    epilogue: dict[str, Any] = {
         "bn_weight": _check.dense(a.bn_weight),
         "bn_bias": _check.dense(a.bn_bias),
         "running_mean": _check.dense(a.running_mean),

@@ -23,17 +23,16 @@ from fastvr.ops._residual import (
     Results,
     Statistics,
     as_block,
-    convolve,
+    convolve_and_measure,
     flat,
     kept,
     made,
-    normalised,
     products,
     shortcut_arguments,
     signs_size,
     split,
 )
-from fastvr.ops.batch_norm_act import map_like, map_rows, measure, row_config, table_key
+from fastvr.ops.batch_norm_act import map_like, map_rows, row_config, table_key
 from fastvr.ops.conv_bn_relu import too_many_pixels
 from fastvr.ops.residual_block_backward import RESIDUAL_BLOCK_BACKWARD
 from fastvr.reference.residual_block import Layer
@@ -163,18 +162,15 @@ def _kernel(a: Arguments) -> Results:
     sizes = 2 * sum(len(layer.weight) for layer in block.layers)
     packed = backend.empty((sizes,), dtype=torch.float32, device=a.x.device)
     statistics = split(packed, block.layers)
-    maps, value = [], a.x
+    maps, z, before = [], a.x, None
     for layer, found in zip(block.branch, statistics, strict=False):
-        z = convolve(value, layer)
-        measure(z, *found)
+        z = convolve_and_measure(z, layer, found, before)
         maps.append(z)
-        if layer is not block.branch[-1]:
-            value = normalised(z, found, layer)
+        before = found, layer
     last, z = block.branch[-1], maps[-1]
     identity, parts = a.x, shortcut_arguments(None, None, None) | {"shortcut_bias": None}
     if block.shortcut is not None:
-        identity = convolve(a.x, block.shortcut)
-        measure(identity, *statistics[-1])
+        identity = convolve_and_measure(a.x, block.shortcut, statistics[-1])
         maps.append(identity)
         parts = shortcut_arguments(identity, statistics[-1], block.shortcut)
         parts["shortcut_bias"] = block.shortcut.bn_bias.contiguous()

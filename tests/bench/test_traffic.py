@@ -70,15 +70,16 @@ def test_json_on_standard_output_is_nothing_else(
     assert json.loads(capsys.readouterr().out) == short
 
 
-def test_a_training_step_has_its_flops_and_no_prepared_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     import cases
     import traffic
 
     monkeypatch.setattr(cases, "MODELS", ("resnet50",))
-    short, _ = traffic.counts(2, train=True)
-    eager, ours = short["resnet50"]["eager"], short["resnet50"]["fastvr"]
+    short, _ = traffic.counts(64, train=True)
     assert list(short["resnet50"]) == ["eager", "fastvr"]
+    eager, ours = short["resnet50"]["eager"], short["resnet50"]["fastvr"]
     # three times the forward pass, but for the image's gradient
-    assert eager["flops"] == 2 * (3 * 8_178_368_512 - 236_027_904)
-    assert ours["flops"] >= eager["flops"]
-    assert min(eager["launches"], ours["launches"], eager["bytes"], ours["bytes"]) > 0
+    assert eager["flops"] == 64 * (3 * 8_178_368_512 - 236_027_904)
+    assert ours["flops"] <= 1.12 * eager["flops"]
+    assert ours["bytes"] <= 0.80 * eager["bytes"]
+    assert min(eager["launches"], ours["launches"]) > 0

@@ -60,6 +60,7 @@ def test_a_copy_that_an_op_has_made_counts() -> None:
         (lambda x: x * x[:1].expand(4, 6), 1, 24 + 6 + 24),
         (lambda x: torch.empty_like(x).zero_(), 1, 24 + 24),
         (lambda x: x.to(torch.float16).float(), 2, 2 * (24 + 12)),
+        (lambda x: torch._foreach_add_([x, x.clone()], 1), 2, 2 * 24 + 2 * 48),
     ],
 )
 def test_pytorch_calls(call: object, launches: int, moved: int) -> None:

@@ -14,7 +14,7 @@ from fastvr.reference.batch_norm_act_max_pool import batch_norm_act_max_pool as 
 from fastvr.testing import check_op
 
 pytest.importorskip("triton")
-from fastvr.kernels import batch_norm_act as kernels
+from fastvr.kernels import batch_norm_stats as kernels
 
 OPS = ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward")
 SEVERAL = kernels.candidate_configs(64, torch.float32, "interpreter")[1]

@@ -12,7 +12,7 @@ from fastvr.reference.residual_block import residual_block as reference
 from fastvr.testing import check_op
 
 pytest.importorskip("triton")
-from fastvr.kernels import batch_norm_act as kernels
+from fastvr.kernels import batch_norm_stats as kernels
 
 OPS = ("residual_block", "residual_block_backward")
 SEVERAL = kernels.candidate_configs(64, torch.float32, "interpreter")[1]
