@@ -18,13 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.activations import activate
+from fastvr.kernels.activations import activate, relu
 from fastvr.kernels.common import (
     ceil_div,
     dot_precision,
     launch,
     normalize,
-    relu,
     split_range,
     sum_parts,
     swizzle,
