@@ -18,10 +18,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-# SGD for the ResNet, as it is trained. The interpreter takes small models: not of 4 channels, for which PyTorch's
-# own strided 1x1 convolution, on a CPU in channels_last, writes out of bounds in its backward; and where a
-# BatchNorm has four values, only small steps are not chaotic (eager beside itself from weights changed by 1e-7:
-# 3e-6, else 0.2).
+# SGD for the ResNet, as it is trained. The interpreter takes small models: not of 4 channels, for which
+# PyTorch's own strided 1x1 convolution, on a CPU in channels_last, writes out of bounds in its backward.
+# Where a BatchNorm has four values, only small steps are not chaotic (eager beside itself, from weights
+# changed by 1e-7: 3e-6, else 0.2).
 RESNET = {"optimizer": "sgd", "lr": 0.02}
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], dict[str, Any]]] = {
     "vit-auto": (learning.vit_pair, {"batch_size": 32}),
