@@ -344,7 +344,8 @@ def train(
     }
     from fastvr.backend import BackendError
     from fastvr.compare import UsageError
-    from fastvr.train import record, result, run
+    from fastvr.train import run
+    from fastvr.train.checkpoint import LEAVES
     from fastvr.train.distributed import LostProcess
     from fastvr.train.settings import Settings
 
@@ -364,7 +365,7 @@ def train(
         typer.echo(
             f"{ended.accuracy:.2%} of the validation images right after {ended.steps:,} steps "
             f"({ended.epochs} epochs), {ended.seconds:.0f} s\n"
-            f"{out}: {result.WEIGHTS}, {result.CARD}, {record.LOSSES}, {record.CURVE}"
+            f"{out}: {', '.join(LEAVES)}"
         )
 
 

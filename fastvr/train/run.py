@@ -21,10 +21,11 @@ from fastvr.compare.progress import Reporter, Step
 from fastvr.reference.image import normalize
 from fastvr.train import checkpoint, data, distributed, models, randomness, result
 from fastvr.train.build import build
+from fastvr.train.checkpoint import CURVE, LOSSES
 from fastvr.train.distributed import World
 from fastvr.train.loop import evaluate
 from fastvr.train.optimize import set_lr, warm_up_cosine
-from fastvr.train.record import CURVE, LOSSES, Losses, Row, draw
+from fastvr.train.record import Losses, Row, draw
 from fastvr.train.settings import AMP, DIGITS, Settings, complete, resumed
 
 _READ_EVERY = 10  # steps between readings of the loss: each waits for the GPU
