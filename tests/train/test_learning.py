@@ -25,14 +25,14 @@ pytest.importorskip("torchvision")
 RESNET = {"optimizer": "sgd", "lr": 0.02}
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], dict[str, Any]]] = {
     "vit-auto": (learning.vit_pair, {"batch_size": 32}),
-    "resnet-auto": (learning.resnet_pair, {"batch_size": 32, **RESNET}),
+    "resnet-auto": (learning.resnet_pair, {"batch_size": 16, **RESNET}),
     "vit-triton": (
         lambda: learning.vit_pair(patch_size=4, embed_dim=32, depth=1, num_heads=1),
         {"batch_size": 8},
     ),
     "resnet-triton": (lambda: learning.resnet_pair(width=8), {"batch_size": 4, **RESNET, "lr": 0.002}),
 }
-INTERPRETED = {"vit-triton": 6, "resnet-triton": 3}  # steps that fit into a test there
+INTERPRETED = {"vit-triton": 4, "resnet-triton": 2}  # steps that fit into a test there
 
 
 @pytest.mark.parametrize("case", list(CASES))

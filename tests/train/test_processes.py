@@ -15,6 +15,7 @@ import training_jobs
 from safetensors.torch import load_file
 
 import fastvr
+from fastvr.train import distributed, models
 
 # Adam makes whole steps of gradients that are all rounding: small ones, so that losses can be compared
 GIVEN = {"lr": 2e-4, "ema": 0.9}
@@ -72,6 +73,17 @@ def test_two_processes_learn_what_one_does_also_after_one_was_lost(
     assert fastvr.train.load(out).num_classes == 2
     ours, theirs = (load_file(path / "model.safetensors") for path in (out, alone))
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+def test_batch_norm_over_two_gpus_is_synchronised() -> None:
+    """As far as a machine without them can tell: which modules are exchanged."""
+    model = models.create("resnet_mini", 10, 3, 32)
+    world = distributed.World(0, 2, torch.device("cuda"))
+    exchanged, note = distributed.synchronise_batch_norm(model, world)
+    norms = [m for m in exchanged.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert note is None
+    assert {type(norm) for norm in norms} == {torch.nn.SyncBatchNorm}
+    assert exchanged.state_dict().keys() == model.state_dict().keys()
 
 
 def test_batch_norm_over_two_processes_of_a_cpu_says_what_it_does(
