@@ -241,37 +241,61 @@ def train(
             help="One subfolder of images a class, or train/ and val/ with such. Digits: scikit-learn's.",
         ),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="224; 32 or 8 for the mini models.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Height and width: 224; for the mini models 32, for vit_mini on the digits 8."),
+    ] = None,
     val_share: Annotated[
-        float | None, typer.Option(help="Held out of a folder without val/: 0.1; of the digits: 0.25.")
+        float | None,
+        typer.Option(help="Held out to validate on: 0.1 of a folder without val/, 0.25 of the digits."),
     ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Weights to begin with, timm's or torchvision's.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Weights to begin with: timm's, torchvision's, a run's model.safetensors."
+        ),
     ] = None,
     new_head: Annotated[
-        bool | None, typer.Option("--new-head", help="Of them all but the classifier.")
+        bool | None, typer.Option("--new-head", help="Take all of these but the classifier.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="30.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="64, of all processes together.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images: 30.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step, of all processes together: 64.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw (default) or sgd.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="At its peak. 5e-4 * batch / 512; sgd 0.1 * batch / 256; mini models 2e-3."),
+        typer.Option(
+            help="Learning rate at its peak: 5e-4 * batch / 512; sgd 0.1 * batch / 256; mini models 2e-3."
+        ),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="0.05; sgd 1e-4.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of matrices, not of biases, norms and positions: 0.05; sgd 1e-4.")
+    ] = None,
     warmup: Annotated[
-        float | None, typer.Option(metavar="EPOCHS", help="Of rising learning rate: a twentieth.")
+        float | None,
+        typer.Option(metavar="EPOCHS", help="In which the learning rate rises: a twentieth of all."),
     ] = None,
     clip_grad: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient: 1; 0 for any.")
+        float | None, typer.Option(help="Largest norm of the gradients: 1; 0 clips nothing.")
     ] = None,
-    mixup: Annotated[float | None, typer.Option(metavar="ALPHA", help="0: none.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="0.1.")] = None,
+    mixup: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA", help="Mixes pairs of images, weights from Beta(ALPHA, ALPHA): 0, none."
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of the target that all classes divide: 0.1.")
+    ] = None,
     ema: Annotated[
-        float | None, typer.Option(metavar="DECAY", help="Moving average of the weights; 0: none.")
+        float | None,
+        typer.Option(metavar="DECAY", help="Keep a moving average of the weights, and leave that: 0, none."),
     ] = None,
-    amp: Annotated[str | None, typer.Option(help="bf16, fp16 or off. On a GPU bf16, else off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order, crops, dropout: 0.")] = None,
+    amp: Annotated[
+        str | None, typer.Option(help="Autocast: bf16, fp16 or off. On a GPU bf16, else off.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, split, order, crops, dropout: 0.")] = None,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Bit for bit repeatable on a GPU too; slower.")
     ] = None,
@@ -280,7 +304,7 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read images, for each that trains.")
+        int | None, typer.Option(help="Processes that read images, for each that trains: up to 8.")
     ] = None,
     save_every: Annotated[
         int, typer.Option(metavar="STEPS", help="Checkpoints besides those at the end of each epoch.")
@@ -319,7 +343,8 @@ def train(
     }
     from fastvr.backend import BackendError
     from fastvr.compare import UsageError
-    from fastvr.train import record, result, run
+    from fastvr.train import run
+    from fastvr.train.checkpoint import LEAVES
     from fastvr.train.distributed import LostProcess
     from fastvr.train.settings import Settings
 
@@ -339,7 +364,7 @@ def train(
         typer.echo(
             f"{ended.accuracy:.2%} of the validation images right after {ended.steps:,} steps "
             f"({ended.epochs} epochs), {ended.seconds:.0f} s\n"
-            f"{out}: {result.WEIGHTS}, {result.CARD}, {record.LOSSES}, {record.CURVE}"
+            f"{out}: {', '.join(LEAVES)}"
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastvr
@@ -33,6 +34,7 @@ class Built:
     scaler: torch.amp.GradScaler
     layout: torch.memory_format
     parameters: int
+    moments: Callable[[Tensor, torch.dtype], tuple[Tensor | None, Tensor | None]]  # the model's image_moments
     note: str | None
 
 
@@ -65,7 +67,7 @@ def build(a: Arguments, data: Data, world: World, *, resuming: bool) -> Built:
     scaler = torch.amp.GradScaler(world.device.type, enabled=a.amp == "fp16")
     # dropout differs between processes
     randomness.seed_everything(a.seed, _RUN, world.rank)
-    return Built(forward, Parts(raw, optimizer, ema), scaler, layout, parameters, note)
+    return Built(forward, Parts(raw, optimizer, ema), scaler, layout, parameters, model.image_moments, note)
 
 
 def _create(a: Arguments, data: Data, num_classes: int) -> Model:

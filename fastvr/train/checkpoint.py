@@ -33,6 +33,7 @@ from fastvr.tuning.table import replacing, sync_folder
 from fastvr.weights.read import read_file
 
 FORMAT = 1
+WEIGHTS, CARD, LOSSES, CURVE = LEAVES = ("model.safetensors", "model.json", "losses.csv", "curve.png")
 _FILE = "checkpoint.pt"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _REST = "run.pt"
@@ -59,8 +60,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def holds_run(out: Path) -> bool:
-    """Whether ``out`` has anything of a run."""
-    return any((out / name).exists() for name in (_FILE, "losses.csv")) or _newest(out) is not None
+    """Whether ``out`` has anything that a run would write over."""
+    return any((out / name).exists() for name in (_FILE, *LEAVES)) or _newest(out) is not None
 
 
 def _newest(out: Path) -> Path | None:
@@ -171,10 +172,10 @@ def _restore_sharded(out: Path, parts: Parts, stepped: bool) -> None:
 
 def clear_unfinished(out: Path) -> None:
     """Remove what a killed process was writing."""
-    for path in out.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+    for path in out.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (_FILE, *LEAVES):
+        for path in out.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
 
 

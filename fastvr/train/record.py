@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from fastvr.tuning.table import replace_file, replacing
 
-LOSSES, CURVE = "losses.csv", "curve.png"
-
 
 class Row(NamedTuple):
     """One step; ``val_`` where an epoch ends. Steps and epochs count from 1."""

@@ -14,11 +14,10 @@ import fastvr
 from fastvr.compare.settings import write_json
 from fastvr.models._model import Model
 from fastvr.train import models
+from fastvr.train.checkpoint import CARD, WEIGHTS
 from fastvr.train.data import Data
 from fastvr.train.settings import Arguments
 from fastvr.tuning.table import replacing
-
-WEIGHTS, CARD = "model.safetensors", "model.json"
 
 
 def save(

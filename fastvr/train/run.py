@@ -21,10 +21,11 @@ from fastvr.compare.progress import Reporter, Step
 from fastvr.reference.image import normalize
 from fastvr.train import checkpoint, data, distributed, models, randomness, result
 from fastvr.train.build import build
+from fastvr.train.checkpoint import CURVE, LOSSES
 from fastvr.train.distributed import World
 from fastvr.train.loop import evaluate
 from fastvr.train.optimize import set_lr, warm_up_cosine
-from fastvr.train.record import CURVE, LOSSES, Losses, Row, draw
+from fastvr.train.record import Losses, Row, draw
 from fastvr.train.settings import AMP, DIGITS, Settings, complete, resumed
 
 _READ_EVERY = 10  # steps between readings of the loss: each waits for the GPU
@@ -261,7 +262,8 @@ class _Run:
         """The loss before the step that this takes."""
         a, optimizer = self._arguments, self._parts.optimizer
         if self._mix is not None:
-            images = normalize(images, *self._moments(images), torch.float32)
+            moments = self._built.moments(images, torch.float32)
+            images = normalize(images, *moments, torch.float32)
             with randomness.drawing_from(a.seed, _MIX, self._step):
                 images, labels = self._mix(images, labels)
         set_lr(optimizer, lr)
@@ -277,13 +279,6 @@ class _Run:
         if self._parts.ema is not None:
             self._parts.ema.update_parameters(self._parts.model)
         return loss.detach()
-
-    def _moments(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if images.dtype != torch.uint8:
-            return None, None
-        how = self._data.preprocessing
-        mean, std = (torch.tensor(how[name], device=images.device) for name in ("mean", "std"))
-        return mean, std
 
     def _read(self, pending: list[tuple[float, Tensor]], epoch: int) -> list[Row]:
         """The rows of the last steps, their losses means over all processes.

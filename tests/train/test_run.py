@@ -90,8 +90,10 @@ def test_resuming_with_other_arguments_names_them(done: Path) -> None:
     assert "--data was 'digits'" in mistake("--out", done, "--resume", "--data", "photos")
 
 
-def test_a_folder_with_a_run_is_left_alone(done: Path) -> None:
+def test_a_folder_with_a_run_is_left_alone(done: Path, tmp_path: Path) -> None:
     assert "holds a run already; go on with it by --resume" in mistake("--out", done)
+    (tmp_path / "model.safetensors").touch()
+    assert "holds a run already" in mistake("--out", tmp_path)
 
 
 def test_a_damaged_checkpoint(done: Path, tmp_path: Path) -> None:
