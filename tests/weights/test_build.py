@@ -80,7 +80,6 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "timm-vit": {},
         "timm-resnet": {},
         "torchvision-vit": {},
-        "torchvision-resnet": {},
         "transformers-vit": {"norm_eps": 1e-6},
         "transformers-deit-teacher": {"norm_eps": 1e-6},
         "transformers-dinov2-registers": {},
@@ -115,7 +114,7 @@ def test_round_trips_are_exact(layout, kind, make_peer, tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     # and the library itself reads what was written
-    report = verify(written)
+    report = verify(written, batch=1)
     # names of a ResNet are the same in torchvision and timm, and called timm's
     assert report.library == ("timm" if layout == "torchvision" and "resnet" in kind else layout)
     assert report.ours.passed, report.ours.failure
@@ -214,6 +213,9 @@ def test_timms_configuration_decides(tmp_path) -> None:
         ({"model_args": {"act_layer": "silu"}}, "act_layer must be gelu"),
         ({"pretrained_cfg": {**config["pretrained_cfg"], "std": [0, 1, 1]}}, "std must be positive"),
         ({"fastvr": {"num_heads": "two"}}, "num_heads='two'"),
+        ({"fastvr": {"img_size": [32]}}, r"img_size=\[32\]"),
+        ({"architecture": ["vit"]}, "unhashable"),
+        ({"model_args": {"num_heads": 0}}, "num_heads=0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(fastvr.CheckpointError, match=message):
@@ -275,6 +277,17 @@ def test_what_a_checkpoint_does_not_say(make_peer, tmp_path, caplog) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(fastvr.CheckpointError, match="no layout of a ViT or ResNet that is known"):
         fastvr.load_model(tmp_path / "w.safetensors")
+    far = {key.replace("blocks.1.", "blocks.1000000."): t for key, t in state.items()}
+    with pytest.raises(fastvr.CheckpointError, match="has 2 blocks, with numbers up to 1000000"):
+        fastvr.load_model(far, num_heads=2)
+    with pytest.raises(fastvr.CheckpointError, match=r"unknown: layer1\.7\."):
+        fastvr.load_model(
+            {
+                key.replace("layer1.0.", "layer1.7."): t
+                for key, t in make_peer("timm-resnet").state_dict().items()
+            }
+            | {"layer1.0.conv1.weight": torch.ones(64, 64, 3, 3)}
+        )
     wide = fastvr.ViT(**{**TIMM, "embed_dim": 128})
     save_file(dict(wide.state_dict()), tmp_path / "w.safetensors")
     with caplog.at_level(logging.WARNING, "fastvr"):
