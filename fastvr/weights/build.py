@@ -36,7 +36,7 @@ def load_model(
     img_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> Model:
-    """The model that a checkpoint is for, with its weights, in eval mode.
+    """The model that a checkpoint is for, with its weights, in eval mode and float32.
 
     Depth, width, patches, register and distillation tokens, LayerScale and the number of classes are those of
     the weights. Heads, eps and activation are those of config.json where there is one, else what the layout's
@@ -163,10 +163,14 @@ def _arguments(
         "mlp_ratio": mlp_ratio(hidden, width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),
         "fc_norm": fc_norm,
         **stated,
     }
+    if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():
+        arguments = {"norm_eps": 1e-5, **arguments}
+        logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
         arguments["num_heads"] = _heads(width, source, guessed=found.layout == "encoder")
     if distilled:

@@ -35,6 +35,7 @@ _SHAPES = {
     "qkv_bias",
     "init_values",
     "class_token",
+    "pre_norm",
     "reg_tokens",
     "dynamic_img_size",
     "drop_path_rate",
@@ -93,7 +94,7 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
         "act": "gelu",
         "norm_eps": 1e-6,
         "norm_first": True,
-        **{name: arguments[name] for name in (*_ARGUMENTS.values(), "num_heads") if name in arguments},
+        **{name: arguments[name] for name in (*_ARGUMENTS.values(), "norm_eps") if name in arguments},
     }
     if isinstance(pool := config.get("global_pool"), str):
         found["global_pool"] = pool
