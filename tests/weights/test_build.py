@@ -364,6 +364,10 @@ def test_convnexts_processor() -> None:
 
     written, expected = PROCESSORS["convnext"]
     assert read(None, written, "it") == expected
+    # as older files have it
+    assert read(None, {**written, "size": 224}, "it") == expected
+    squashed = expected._replace(size=384, resize=384, squash=True)
+    assert read(None, {**written, "size": {"shortest_edge": 384}}, "it") == squashed
 
 
 def test_the_hub_is_asked_only_where_somebody_asks(monkeypatch, make_peer, tmp_path) -> None:
