@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvr import ops
+from fastvr.accelerate import accelerate, restore
 from fastvr.backend import BackendError, current_backend, use_backend
 from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
@@ -26,6 +27,7 @@ __all__ = [
     "ResNet152",
     "ViT",
     "__version__",
+    "accelerate",
     "create_model",
     "current_backend",
     "list_models",
@@ -33,6 +35,7 @@ __all__ = [
     "load_model",
     "ops",
     "prepare",
+    "restore",
     "save_model",
     "use_backend",
     "vit_base",

@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, launch, relu, sum_shares
+from fastvr.kernels.activations import relu
+from fastvr.kernels.common import ceil_div, launch, sum_shares
 
 
 @triton.jit(do_not_specialize=["M", "ROWS"])
@@ -144,12 +145,17 @@ def _batch_norm_act_fwd_kernel(
 
 
 @triton.jit
-def _masked_grad(grad_ptr, y_ptr, offs, mask):
-    """The gradient behind the activation; y None is no activation."""
+def _masked_grad(grad_ptr, y_ptr, deviation, weight_ptr, bias_ptr, rstd, offs, offs_c, mask, mask_c):
+    """The gradient behind the activation, where the result was above 0: by y, or with a bias, where there is
+    no residual, by what it is computed from; without both there is no activation."""
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         # a NaN lets the gradient through, as PyTorch has it
+        grad = tl.where(deviation * (rstd * weight)[None, :] + bias[None, :] <= 0.0, 0.0, grad)
+    elif y_ptr is not None:
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad = tl.where(y <= 0.0, 0.0, grad)
     return grad
 
@@ -161,6 +167,8 @@ def _batch_norm_act_bwd_sums_kernel(
     y_ptr,  # [M, C] or None
     mean_ptr,  # [C] float32
     var_ptr,  # [C] float32
+    weight_ptr,  # [C]
+    bias_ptr,  # [C] or None
     parts_ptr,  # [ceil(M / ROWS), 2, C] float32: shares of dbias, then of dweight
     M,
     C,
@@ -183,10 +191,12 @@ def _batch_norm_act_bwd_sums_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < stop)[:, None] & mask_c[None, :]
         offs = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
-        grad = _masked_grad(grad_ptr, y_ptr, offs, mask)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        deviation = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+        grad = _masked_grad(
+            grad_ptr, y_ptr, deviation, weight_ptr, bias_ptr, rstd, offs, offs_c, mask, mask_c
+        )
         dbias += grad
-        along += grad * (x - mean[None, :])
+        along += grad * deviation
     parts = parts_ptr + part.to(tl.int64) * 2 * C + offs_c
     tl.store(parts, tl.sum(dbias, 0), mask=mask_c)
     tl.store(parts + C, tl.sum(along, 0) * rstd, mask=mask_c)
@@ -225,6 +235,7 @@ def _batch_norm_act_bwd_kernel(
     mean_ptr,  # [C] float32
     var_ptr,  # [C] float32
     weight_ptr,  # [C]
+    bias_ptr,  # [C] or None
     sums_ptr,  # [2, C] float32, with dx
     dx_ptr,  # [M, C] or None
     dresidual_ptr,  # [M, C] or None
@@ -240,17 +251,18 @@ def _batch_norm_act_bwd_kernel(
     mask_c = offs_c < C
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-    grad = _masked_grad(grad_ptr, y_ptr, offs, mask)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
+    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0) + eps)
+    # of no use to dresidual, and not loaded then
+    deviation = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    grad = _masked_grad(grad_ptr, y_ptr, deviation, weight_ptr, bias_ptr, rstd, offs, offs_c, mask, mask_c)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offs, grad.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if dx_ptr is not None:
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-        rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0) + eps)
         weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         dbias = tl.load(sums_ptr + offs_c, mask=mask_c, other=0.0) / M
         along = tl.load(sums_ptr + C + offs_c, mask=mask_c, other=0.0) / M * rstd
-        dx = grad - dbias[None, :] - (x - mean[None, :]) * along[None, :]
+        dx = grad - dbias[None, :] - deviation * along[None, :]
         dx = dx * (rstd * weight)[None, :]
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -293,18 +305,12 @@ def _merge_config(config: dict[str, int]) -> dict[str, int]:
     return _MERGE | {name: config[name] for name in ("num_warps", "num_stages")}
 
 
-def launch_batch_norm_act_fwd(
+def launch_batch_norm_stats(
     *,
     x: torch.Tensor,  # [M, C], this and all that follows contiguous
-    weight: torch.Tensor,  # [C]
-    bias: torch.Tensor,  # [C]
-    residual: torch.Tensor | None,  # [M, C]
     parts: torch.Tensor,  # [ceil(M / rows_a_part), 3, C] float32
     mean: torch.Tensor,  # [C] float32
     var: torch.Tensor,  # [C] float32
-    y: torch.Tensor,  # [M, C]
-    eps: float,
-    act: str,
     config: dict[str, int],
 ) -> None:
     M, C = x.shape
@@ -324,9 +330,25 @@ def launch_batch_norm_act_fwd(
         ROWS=ROWS,
         **sizes,
     )
+
+
+def launch_batch_norm_act_fwd(
+    *,
+    x: torch.Tensor,  # [M, C], this and all that follows contiguous
+    mean: torch.Tensor,  # [C] float32
+    var: torch.Tensor,  # [C] float32
+    weight: torch.Tensor,  # [C]
+    bias: torch.Tensor,  # [C]
+    residual: torch.Tensor | None,  # [M, C]
+    y: torch.Tensor,  # [M, C]
+    eps: float,
+    act: str,
+    config: dict[str, int],
+) -> None:
+    M, C = x.shape
     launch(
         _batch_norm_act_fwd_kernel,
-        (ceil_div(M, config["BLOCK_M"]) * num_c,),
+        (ceil_div(M, config["BLOCK_M"]) * ceil_div(C, config["BLOCK_C"]),),
         config,
         x_ptr=x,
         mean_ptr=mean,
@@ -337,7 +359,30 @@ def launch_batch_norm_act_fwd(
         y_ptr=y,
         eps=eps,
         RELU=act == "relu",
-        **sizes,
+        M=M,
+        C=C,
+    )
+
+
+def merge_gradient_sums(
+    *,
+    parts: torch.Tensor,  # [P, 2, C] float32, this and all that follows contiguous
+    sums: torch.Tensor,  # [2, C] float32
+    dweight: torch.Tensor | None,  # [C]
+    dbias: torch.Tensor | None,  # [C], with dweight
+    config: dict[str, int],
+) -> None:
+    C = parts.shape[2]
+    launch(
+        _batch_norm_act_bwd_merge_kernel,
+        (2 * ceil_div(C, _MERGE["BLOCK_N"]),),
+        _merge_config(config),
+        parts_ptr=parts,
+        sums_ptr=sums,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        PARTS=len(parts),
+        C=C,
     )
 
 
@@ -345,10 +390,11 @@ def launch_batch_norm_act_bwd(
     *,
     grad: torch.Tensor,  # [M, C], this and all that follows contiguous
     x: torch.Tensor,  # [M, C]
-    y: torch.Tensor | None,  # [M, C]; None: no activation
+    y: torch.Tensor | None,  # [M, C], of an activation behind a residual
     mean: torch.Tensor,  # [C] float32
     var: torch.Tensor,  # [C] float32
     weight: torch.Tensor,  # [C]
+    bias: torch.Tensor | None,  # [C], of an activation without one
     parts: torch.Tensor | None,  # [ceil(M / rows_a_part), 2, C] float32, with dx or dweight
     sums: torch.Tensor | None,  # [2, C] float32, with parts
     dx: torch.Tensor | None,  # [M, C]
@@ -359,7 +405,15 @@ def launch_batch_norm_act_bwd(
     config: dict[str, int],
 ) -> None:
     M, C = x.shape
-    maps: dict[str, Any] = {"grad_ptr": grad, "x_ptr": x, "y_ptr": y, "mean_ptr": mean, "var_ptr": var}
+    maps: dict[str, Any] = {
+        "grad_ptr": grad,
+        "x_ptr": x,
+        "y_ptr": y,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+    }
     num_c = ceil_div(C, config["BLOCK_C"])
     if parts is not None:
         launch(
@@ -373,24 +427,14 @@ def launch_batch_norm_act_bwd(
             ROWS=rows_a_part(M, C, config),
             eps=eps,
         )
-        launch(
-            _batch_norm_act_bwd_merge_kernel,
-            (2 * ceil_div(C, _MERGE["BLOCK_N"]),),
-            _merge_config(config),
-            parts_ptr=parts,
-            sums_ptr=sums,
-            dweight_ptr=dweight,
-            dbias_ptr=dbias,
-            PARTS=len(parts),
-            C=C,
-        )
+        assert sums is not None
+        merge_gradient_sums(parts=parts, sums=sums, dweight=dweight, dbias=dbias, config=config)
     if dx is not None or dresidual is not None:
         launch(
             _batch_norm_act_bwd_kernel,
             (ceil_div(M, config["BLOCK_M"]) * num_c,),
             config,
             **maps,
-            weight_ptr=weight,
             sums_ptr=sums,
             dx_ptr=dx,
             dresidual_ptr=dresidual,

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvr.kernels.activations import activate
 from fastvr.kernels.common import (
-    activate,
     ceil_div,
     dot_precision,
     launch,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,36 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastvr
-from fastvr.nn.residual import BasicBlock
 from fastvr.train import accuracy, fit
 from fastvr.train import digits as data
+from fastvr.train.models import create, one_thread
 
 FEW = 0.1
 _SHARE_OF_FEW = 0.3  # of the time: with a tenth of the samples a run is through them ten times as often
 
 
-def _vit() -> nn.Module:
-    return fastvr.ViT(
-        img_size=8,
-        patch_size=2,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=96,
-        depth=4,
-        num_heads=3,
-        mlp_ratio=4.0,
-    )
-
-
-def _resnet() -> nn.Module:
-    return fastvr.ResNet(BasicBlock, (1, 1, 1, 1), num_classes=10, in_chans=1, width=20)
-
-
-# 451 and 482 thousand parameters. The ResNet's stem divides each side by four: it sees the digits enlarged.
+# The ResNet's stem divides each side by four: it sees the digits enlarged.
 KINDS: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
-    "vit": ("small ViT", _vit, 1),
-    "resnet": ("small ResNet", _resnet, 4),
+    "vit": ("small ViT", lambda: create("vit_mini", 10, 1, 8), 1),
+    "resnet": ("small ResNet", lambda: create("resnet_mini", 10, 1, 32), 4),
 }
 
 
@@ -58,20 +39,8 @@ def compare(
     share of the labels ``all`` and ``few`` with ``accuracy`` on the held-out digits, ``samples``, ``steps``,
     ``epochs``, ``seconds``, ``loss``.
     """
-    with _one_thread(device):
+    with one_thread(device):
         _compare(seconds, device, seed, found, step)
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU: the models are too small for threads, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compare(

@@ -21,6 +21,9 @@ class Reporter:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
 
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def note(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain
+from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
+from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear as linear_op
 
 
@@ -54,6 +55,24 @@ class Attention(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``residual + gamma * attention(norm(x))``, in as few launches as the modules' state allows."""
+        if norm is not None and plain_norm(norm) and self.separable():
+            to_qkv, proj = self.qkv, self.proj
+            assert plain(to_qkv, nn.Linear)
+            assert plain(proj, nn.Linear)
+            return layernorm_attention(
+                x,
+                norm.weight,
+                norm.bias,
+                to_qkv.weight,
+                to_qkv.bias,
+                proj.weight,
+                proj.bias,
+                self.num_heads,
+                scale=self.scale,
+                eps=norm.eps,
+                gamma=gamma,
+                residual=residual,
+            )
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
         qkv = linear(self.qkv, x)

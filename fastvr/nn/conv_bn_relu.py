@@ -74,17 +74,24 @@ def conv_bn_relu(
             act="none" if relu is None else "relu",
             residual=residual,
         )
-    made = convolve(conv, x)
+    return norm_act(bn, relu, convolve(conv, x), residual)
+
+
+def norm_act(
+    bn: nn.Module, relu: nn.Module | None, made: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``relu(bn(made) + residual)``, one op where ``bn`` normalises by the batch's statistics, its
+    kernel runs and no module is observed or replaced."""
     act = "none" if relu is None else "relu"
     if (
-        _takes_batch_statistics(bn)
+        takes_batch_statistics(bn)
         and (relu is None or plain(relu, nn.ReLU))
         and fuses_batch_norm_act(made, bn, residual, act)
     ):
         normalised, mean, var = batch_norm_act(
             made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act
         )
-        _track(bn, mean, var, made.numel() // made.shape[1])
+        track(bn, mean, var, made.numel() // made.shape[1])
         return normalised
     y: torch.Tensor = bn(made)
     if residual is not None:
@@ -136,7 +143,7 @@ def batch_norm(bn: nn.Module) -> BatchNorm | None:
     return None
 
 
-def _takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` is a plain ``nn.BatchNorm2d`` with weight and bias that normalises by the batch."""
     if not plain(bn, nn.BatchNorm2d):
         return False
@@ -146,7 +153,7 @@ def _takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def _track(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
+def track(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
     """Move the running statistics as ``bn``'s own forward does, by the unbiased variance."""
     if not (bn.training and bn.track_running_stats):
         return

@@ -11,6 +11,7 @@ from torch import nn
 from fastvr import backend
 from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, dual_conv_bn_relu, plain_conv, pointwise
 from fastvr.nn.plain import plain
+from fastvr.nn.residual_training import train_block
 from fastvr.ops.bottleneck import Shortcut
 from fastvr.ops.bottleneck import bottleneck as bottleneck_op
 from fastvr.ops.bottleneck import bottleneck_chain as bottleneck_chain_op
@@ -43,6 +44,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, planes, H / stride, W / stride]."""
+        branch = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        fused = train_block(branch, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
         y = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
         return conv_bn_relu(self.conv2, self.bn2, self.relu, y, residual=_identity(self.downsample, x))
 
@@ -85,6 +90,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, H / stride, W / stride]."""
+        branch = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        fused = train_block(branch, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
         return self.finish(conv_bn_relu(self.conv1, self.bn1, self.relu, x), x)[0]
 
     def finish(

@@ -11,7 +11,8 @@ import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
-from fastvr.ops._op import Cost, Op, nbytes
+from fastvr.ops._convolution import convolution_gradients
+from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
@@ -314,6 +315,59 @@ def _cost(a: Arguments) -> Cost:
     )
 
 
+_VENDORS = frozenset({"x", "weight", "bn_bias", "residual"})
+
+
+def _saves(a: Arguments, needs: frozenset[str]) -> list[str | int]:
+    if needs - _VENDORS:
+        return list(Arguments._fields)
+    # the result only shows where the activation let through
+    found: list[str | int] = ["weight", 0] if a.act == "relu" else ["weight"]
+    if needs & {"x", "weight"}:
+        found += ["bn_weight", "running_var"]
+    if "weight" in needs:
+        found += ["x", "mean", "std"]
+    return found
+
+
+def _backward(
+    a: Arguments, results: tuple[torch.Tensor | None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """By the vendor's convolutions, but for BatchNorm's weight and statistics: only these read the product,
+    which is made again for them."""
+    if needs - _VENDORS:
+        wanted = [name for name in Arguments._fields if name in needs]
+        places = [Arguments._fields.index(name) for name in wanted]
+        return dict(zip(wanted, reference_gradients(reference, a, grad, places), strict=True))
+    if (y := results[0]) is not None:
+        # a NaN lets the gradient through
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    found = {}
+    if "residual" in needs:
+        assert a.residual is not None
+        found["residual"] = grad.to(a.residual.dtype)
+    if "bn_bias" in needs:
+        assert a.bn_bias is not None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        found["bn_bias"] = grad.sum((0, 2, 3), dtype=wide).to(a.bn_bias.dtype)
+    if needs & {"x", "weight"}:
+        scale = a.bn_weight
+        if a.running_var is not None:
+            wide = torch.promote_types(a.running_var.dtype, torch.float32)
+            rstd = (a.running_var.to(wide) + a.eps).rsqrt()
+            scale = rstd if scale is None else scale.to(wide) * rstd
+        if scale is not None:
+            grad = grad * scale[:, None, None]
+        dtype = a.weight.dtype
+        x = normalize(a.x, a.mean, a.std, dtype) if "weight" in needs else a.x
+        dx, dweight = convolution_gradients(
+            grad.to(dtype), x, a.weight, a.stride, a.padding, a.groups,
+            needs_x="x" in needs, needs_weight="weight" in needs,
+        )  # fmt: skip
+        found |= {name: g for name, g in (("x", dx), ("weight", dweight)) if g is not None}
+    return found
+
+
 CONV_BN_RELU = Op(
     "conv_bn_relu",
     "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
@@ -327,4 +381,8 @@ CONV_BN_RELU = Op(
     measured=_measured,
     cost=_cost,
     vendor=_vendor,
+    gradient=Gradient(
+        saves=_saves,
+        backward=_backward,
+    ),
 )

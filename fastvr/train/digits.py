@@ -5,7 +5,7 @@ They come from E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,21 +13,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Digits:
-    """x [N, 1, 8, 8] float32, normalised; y [N] int64."""
+    """x [N, 1, 8, 8] float32, normalised: (ink - mean) / std, ink from 0 to 1; y [N] int64."""
 
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    mean: float
+    std: float
 
     def to(self, device: torch.device) -> Digits:
-        return Digits(*(t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)))
+        tensors = {
+            name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")
+        }
+        return replace(self, **tensors)
 
     def fewer_labels(self, share: float) -> Digits:
         """The same test set with the first ``share`` of every class's training digits."""
         kept = [rows[: max(1, round(share * len(rows)))] for rows in _rows_by_class(self.train_y)]
         rows = torch.cat(kept)
-        return Digits(self.train_x[rows], self.train_y[rows], self.test_x, self.test_y)
+        return replace(self, train_x=self.train_x[rows], train_y=self.train_y[rows])
 
 
 def load(*, test_share: float = 0.25, seed: int = 0) -> Digits:
@@ -39,7 +44,7 @@ def load(*, test_share: float = 0.25, seed: int = 0) -> Digits:
     from sklearn.datasets import load_digits
 
     pixels, classes = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)
+    x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
     y = torch.from_numpy(classes).long()
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
@@ -49,9 +54,9 @@ def load(*, test_share: float = 0.25, seed: int = 0) -> Digits:
         test.append(rows[:held_out])
         train.append(rows[held_out:])
     train_rows, test_rows = torch.cat(train), torch.cat(test)
-    mean, std = x[train_rows].mean(), x[train_rows].std()
+    mean, std = float(x[train_rows].mean()), float(x[train_rows].std())
     x = (x - mean) / std
-    return Digits(x[train_rows], y[train_rows], x[test_rows], y[test_rows])
+    return Digits(x[train_rows], y[train_rows], x[test_rows], y[test_rows], mean, std)
 
 
 def _rows_by_class(y: Tensor) -> list[Tensor]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvr.train.optimize import make_optimizer, set_lr, warm_up_cosine
+
 _WARM_UP = 0.05  # share of the budget in which the learning rate rises
+_LEAST = 1e-4  # of the peak: the first step comes when next to no time has passed
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,9 @@ def fit(
 ) -> Fit:
     """Train ``model`` in place with AdamW until ``seconds`` are over.
 
-    The learning rate rises linearly and then falls to zero along a cosine (Loshchilov and Hutter, 2017) over
-    the share of the time that has passed, so that a run is complete on a fast machine and on a slow one; what
-    differs is the number of epochs. The order of the samples depends on ``seed`` alone. Weights of one
-    dimension (biases, norms) do not decay.
+    The learning rate rises and falls (:func:`warm_up_cosine`) over the share of the time that has passed, so
+    that a run is complete on a fast machine and on a slow one; what differs is the number of epochs. The
+    order of the samples depends on ``seed`` alone.
 
     Args:
         model: moved and cast by the caller; left in eval.
@@ -56,10 +59,7 @@ def fit(
     """
     if not len(x) or seconds <= 0:
         raise ValueError(f"fit: needs samples and seconds > 0; got {len(x)} samples, {seconds} s")
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = make_optimizer("adamw", model, lr=lr, weight_decay=weight_decay)
     optimizer.zero_grad()  # the first call imports torch._dynamo, seconds that are not the model's
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(x))
@@ -73,8 +73,7 @@ def fit(
         if len(order) < batch_size:
             order = torch.randperm(len(x), generator=generator)
         batch, order = order[:batch_size].to(x.device), order[batch_size:]
-        for group in optimizer.param_groups:
-            group["lr"] = lr * _schedule(share)
+        set_lr(optimizer, lr * max(warm_up_cosine(share, _WARM_UP), _LEAST))
         loss = F.cross_entropy(model(x[batch]), y[batch], label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -91,16 +90,24 @@ def fit(
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
     """Share of ``x`` that the model, in eval, puts into its class ``y``."""
+    return evaluate(model, zip(x.split(batch_size), y.split(batch_size), strict=True)).hits / len(x)
+
+
+class Evaluation(NamedTuple):
+    """Of labelled images; those with the label -1 count for nothing."""
+
+    hits: int
+    loss: float
+    """The sum of the cross-entropies."""
+
+
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """What the model, left in eval, makes of (images, int64 labels) on its device."""
     model.eval()
+    hits, losses = [], []
     with torch.no_grad():
-        hits = [
-            (model(part).argmax(-1) == truth).sum()
-            for part, truth in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        ]
-    return int(torch.stack(hits).sum()) / len(x)
-
-
-def _schedule(share: float) -> float:
-    if share < _WARM_UP:
-        return max(share / _WARM_UP, 0.01)
-    return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
+        for x, y in batches:
+            logits = model(x)
+            hits.append((logits.argmax(-1) == y).sum())
+            losses.append(F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum"))
+    return Evaluation(int(torch.stack(hits).sum()), float(torch.stack(losses).sum()))

@@ -235,7 +235,7 @@ def test_compiles_and_exports(device):
         y, mean, var = (t.detach() for t in batch_norm_act(x, weight, bias))
         x, weight = x.detach(), weight.detach()
         for rest in ((True, True, True), (False, True, False), (False, False, True)):
-            args = (randn(*y.shape, device=device), x, y, mean, var, weight, 1e-5, *rest)
+            args = (randn(*y.shape, device=device), x, y, mean, var, weight, None, 1e-5, *rest)
             torch.library.opcheck(BATCH_NORM_ACT_BACKWARD.overload, args)
 
 
@@ -256,7 +256,7 @@ def test_the_gradient_op_alone(dtype, mode, device):
     _, truth = gradients(exact, grad.double())
     x, weight = given["x"].detach(), given["weight"].detach()
     with backend.use_backend(mode):
-        found = BATCH_NORM_ACT_BACKWARD(grad, x, y.detach(), mean, var, weight, 1e-5, True, True, True)
+        found = BATCH_NORM_ACT_BACKWARD(grad, x, y.detach(), mean, var, weight, None, 1e-5, True, True, True)
     assert_parity(found, eager, truth, kind="gradient", sample_dim=None)
 
 
