@@ -45,6 +45,7 @@ class Case:
 
 
 ATTENTION = ("attention", "attention_training", "attention_backward")
+BLOCK = ("layernorm_attention_training", "transformer_block_training")
 MLP = ("layernorm_mlp", "layernorm_mlp_training")
 ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
@@ -84,9 +85,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
         **{op: [Case.of(op, name, **size, dim=dim, hidden=4 * dim)] for op in MLP},
-        "layernorm_attention_training": [
-            Case.of("layernorm_attention_training", name, **size, heads=dim // 64, head_dim=64)
-        ],
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in BLOCK},
         "linear_weight_backward": [
             Case.of("linear_weight_backward", f"{name} {layer}", **size, k=k, n=n, norm=norm)
             for layer, k, n, norm in (
@@ -237,9 +236,7 @@ SMALL: dict[str, list[Case]] = {
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layer_norm_backward": [Case.of("layer_norm_backward", "ViT-Ti", batch=2, tokens=50, dim=192)],
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)] for op in MLP},
-    "layernorm_attention_training": [
-        Case.of("layernorm_attention_training", "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)
-    ],
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in BLOCK},
     "linear_weight_backward": [
         Case.of("linear_weight_backward", "qkv", batch=2, tokens=50, k=192, n=576, norm=True)
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ _MODULES = {
     "attention_kv_training": "attention",
     "layernorm_mlp_training": "layernorm_mlp",
     "layernorm_attention_training": "layernorm_attention",
+    "transformer_block_training": "transformer_block",
     "linear_weight_backward": "linear_backward",
     "linear_act_backward": "linear_act_backward",
     "bottleneck_chain": "bottleneck",
@@ -225,6 +227,22 @@ def _layernorm_attention_training(case: Case, make: _Maker) -> dict[str, Any]:
         "num_heads": heads,
         "scale": case["head_dim"] ** -0.5,
         "eps": 1e-6,
+    }
+
+
+def _transformer_block_training(case: Case, make: _Maker) -> dict[str, Any]:
+    width = case["heads"] * case["head_dim"]
+    attention = _layernorm_attention_training(case, make)
+    sizes = tuple((dict(case.sizes) | {"dim": width, "hidden": 4 * width}).items())
+    mlp = _layernorm_mlp(dataclasses.replace(case, sizes=sizes), make)
+    halves = {f"attn_{name}": value for name, value in attention.items()}
+    halves |= {f"mlp_{name}": value for name, value in mlp.items()}
+    return halves | {
+        "x": attention["x"].to(torch.promote_types(make.dtype, torch.float32)),
+        "num_heads": attention["num_heads"],
+        "scale": attention["scale"],
+        "mlp_eps": 1e-6,
+        "act": "gelu",
     }
 
 
@@ -455,6 +473,7 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layernorm_mlp": _layernorm_mlp,
     "layernorm_mlp_training": _layernorm_mlp_training,
     "layernorm_attention_training": _layernorm_attention_training,
+    "transformer_block_training": _transformer_block_training,
     "linear_weight_backward": _linear_weight_backward,
     "linear_act_backward": _linear_act_backward,
     "conv_bn_relu": _conv_bn_relu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from cases import ATTENTION, ATTENTION_KV, MLP, Case
+from cases import ATTENTION, ATTENTION_KV, BLOCK, MLP, Case
 
 # What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
 # is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
@@ -53,7 +53,7 @@ _KINDS: _Kinds = {
         {"act": "gelu_tanh"},
     ],
     "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
-    "layernorm_attention_training": _HEADS,
+    **dict.fromkeys(BLOCK, _HEADS),
     "linear_weight_backward": [{"norm": True}, {"norm": False}, {"norm": False, "bias": False}],
     "linear_act_backward": [{"act": "gelu"}, {"act": "gelu_tanh"}, {"act": "relu"}],
     "conv_bn_relu": [
@@ -125,7 +125,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
     if op in ("linear", "linear_stats", "norm_linear", "linear_weight_backward", "linear_act_backward"):
         drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op in (*ATTENTION, *ATTENTION_KV, "layernorm_attention_training"):
+    elif op in (*ATTENTION, *ATTENTION_KV, *BLOCK):
         drawn |= {"tokens": tokens}
     elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))

@@ -49,7 +49,7 @@ def accelerate(model: nn.Module) -> Report:
         reason = _swap(module)
         if isinstance(module, Accelerated):
             family = type(module)
-            swapped.append(Entry(name, _kind(family.original), family.runs))
+            swapped.append(Entry(name, _kind(family.original), family.describe(module)))
             covered.update(id(part) for part in family.parts(module))
             if (note := family.note(module)) is not None:
                 notes[note] = None

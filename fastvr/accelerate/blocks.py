@@ -12,8 +12,9 @@ from torch import nn
 from fastvr.accelerate.swap import Accelerated, ordinary, takes, unobserved
 from fastvr.nn.attention import Attention
 from fastvr.nn.mlp import Mlp
-from fastvr.nn.plain import idle, join, layer_norm, plain
+from fastvr.nn.plain import idle, join, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention
+from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear
 
 IDENTITY = nn.Identity()
@@ -115,9 +116,44 @@ def residual_branch(
     return result
 
 
+def attend(
+    x: torch.Tensor,
+    norm: nn.Module | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    output: nn.Linear,
+    num_heads: int,
+    scale: float | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """``residual + gamma * output(attention(norm(x)))`` of tokens [B, N, D], by weights that are packed as
+    :func:`fastvr.ops.attention.attention` has them."""
+    if norm is not None and plain_norm(norm):
+        return layernorm_attention(
+            x,
+            norm.weight,
+            norm.bias,
+            qkv_weight,
+            qkv_bias,
+            output.weight,
+            output.bias,
+            num_heads,
+            scale=scale,
+            eps=norm.eps,
+            gamma=gamma,
+            residual=residual,
+        )
+    if norm is not None:
+        x = layer_norm(norm, x, for_matmul=True)
+    y = attention(linear(x, qkv_weight, qkv_bias), num_heads, scale=scale)
+    return linear(y, output.weight, output.bias, gamma=gamma, residual=residual)
+
+
 class FastMlp(Accelerated, Mlp):
     """Two linear layers; a family says where the library has them."""
 
+    _fastvr_accelerates = Mlp
     runs = "linear with its activation, linear (in a block: layernorm_mlp with LayerScale and residual)"
     part_names = ("fc1", "fc2")
 
@@ -126,7 +162,7 @@ class FastMlp(Accelerated, Mlp):
         return not ordinary_linear(self.fc1, self.fc2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.separate() or not takes(x, self.fc1.weight):
+        if not takes(x, getattr(self.fc1, "weight", None)) or self.separate():
             y: torch.Tensor = self.own_forward(x)
             return y
         return super().branch(x)
@@ -156,6 +192,7 @@ class FeedForward:
 class PackedAttention(Accelerated, Attention):
     """Attention with one linear layer for queries, keys and values, and fastvr's (timm's) names."""
 
+    _fastvr_accelerates = Attention
     runs = "linear, attention, linear (in a block: with LayerScale and residual)"
     part_names = ("qkv", "proj")
     required = ("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale")
@@ -209,9 +246,9 @@ class SplitAttention(Accelerated):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if (
-            attention_mask is not None
+            not takes(hidden_states, getattr(self.q_proj, "weight", None))
+            or attention_mask is not None
             or any(map(given, kwargs.values()))
-            or not takes(hidden_states, getattr(self.q_proj, "weight", None))
             or hidden_states.dim() != 3
             or self.separate()
             # "eager" also returns the weights
@@ -234,8 +271,6 @@ class SplitAttention(Accelerated):
         if self.separate():
             normed = x if norm is None else layer_norm(norm, x)
             return join(self.own_forward(normed)[0], gamma, residual)
-        if norm is not None:
-            x = layer_norm(norm, x, for_matmul=True)
         projections: tuple[Any, ...] = (self.q_proj, self.k_proj, self.v_proj)
         # joined anew at each call: a copy that is kept would go stale where somebody writes into .data
         weight = torch.cat([projection.weight for projection in projections])
@@ -244,7 +279,6 @@ class SplitAttention(Accelerated):
         if any(b is not None for b in biases):
             width = weight.shape[0] // 3
             bias = torch.cat([weight.new_zeros(width) if b is None else b for b in biases])
-        qkv = linear(x, weight, bias)
-        y = attention(qkv, getattr(self, self.heads_name), scale=getattr(self, self.scale_name))
-        output = getattr(self, self.output_name)
-        return linear(y, output.weight, output.bias, gamma=gamma, residual=residual)
+        output: Any = getattr(self, self.output_name)
+        num_heads, scale = getattr(self, self.heads_name), getattr(self, self.scale_name)
+        return attend(x, norm, weight, bias, output, num_heads, scale, gamma, residual)

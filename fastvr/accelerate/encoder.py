@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import FeedForward, fusable, residual_branch
+from fastvr.accelerate.blocks import FeedForward, attend, fusable, residual_branch
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.plain import join, layer_norm
 from fastvr.ops.attention import attention, attention_kv
@@ -21,7 +21,7 @@ _SEQUENCE_FIRST = (
 class MultiheadAttention(Accelerated):
     """Of one sequence or of two, with ``need_weights=False`` and without masks; PyTorch's own otherwise."""
 
-    runs = "linear, attention (attention_kv across sequences), linear"
+    runs = "with need_weights=False and no mask: linear, attention (attention_kv across sequences), linear"
     part_names = ("out_proj",)
 
     in_proj_weight: torch.Tensor
@@ -69,8 +69,8 @@ class MultiheadAttention(Accelerated):
             or key_padding_mask is not None
             or attn_mask is not None
             or key is not value
-            or self.separate()
             or not all(takes(x, self.in_proj_weight) and x.dim() == 3 for x in (query, key))
+            or self.separate()
         ):
             result: tuple[torch.Tensor, torch.Tensor | None] = self.own_forward(
                 query,
@@ -93,6 +93,9 @@ class MultiheadAttention(Accelerated):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``residual + gamma * attention(norm(x))`` of one sequence."""
+        if self.batch_first and not self.separate():
+            weight, bias = self.in_proj_weight, self.in_proj_bias
+            return attend(x, norm, weight, bias, self.out_proj, self.num_heads, None, gamma, residual)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=True)
         if self.separate():

@@ -74,7 +74,9 @@ class PatchConv(Accelerated):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if takes(x, weight) and x.dim() == 4 and x.shape[1] == weight.shape[1]:
+        # asked again, since some change the stride of a model that is built, for denser patches
+        patches = type(self).refusal(self) is None
+        if patches and takes(x, weight) and x.dim() == 4 and x.shape[1] == weight.shape[1]:
             rows, columns = x.shape[2] // weight.shape[2], x.shape[3] // weight.shape[3]
             if rows and columns and PATCH_EMBED.chosen(x, weight, bias, None, None, None, None):
                 tokens: torch.Tensor = patch_embed(x, weight, bias).unflatten(1, (rows, columns))
@@ -111,23 +113,27 @@ class FastSequential(Accelerated):
     """Modules one after the other, of which Conv2d + BatchNorm2d (+ ReLU), and (LayerNorm +) Linear +
     activation (+ Linear) are computed together."""
 
-    runs = "conv_bn_relu, layernorm_mlp, linear with its activation"
+    runs = "groups of its modules"
     optional = True
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        modules = _in_order(module)
-        found = any(_length(modules[i:]) > 1 for i in range(len(modules)))
-        return None if found else "nothing in it to compute together"
+        return None if _groups(module) else "nothing in it to compute together"
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        ops: dict[str, None] = {}
+        for first, *others in _groups(module):
+            if plain_conv(first):
+                ops["conv_bn_relu"] = None
+            elif plain_norm(first) and len(others) > 2:
+                ops["layernorm_mlp"] = None
+            else:
+                ops["linear with its activation"] = None
+        return ", ".join(ops)
 
     def parts(self) -> Iterable[nn.Module]:
-        modules = _in_order(self)
-        parts: list[nn.Module] = []
-        while modules:
-            length = _length(modules)
-            parts += modules[:length] if length > 1 else []
-            modules = modules[length:]
-        return parts
+        return [module for group in _groups(self) for module in group]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = _in_order(self)
@@ -163,6 +169,16 @@ def _in_order(sequence: nn.Module) -> list[nn.Module]:
 def _contiguous(x: torch.Tensor) -> torch.Tensor:
     # a module may have made something else of it
     return x.contiguous() if isinstance(x, torch.Tensor) else x
+
+
+def _groups(sequence: nn.Module) -> list[list[nn.Module]]:
+    """The modules that are computed together."""
+    modules, groups = _in_order(sequence), []
+    while modules:
+        length = _length(modules)
+        groups += [modules[:length]] if length > 1 else []
+        modules = modules[length:]
+    return groups
 
 
 def _length(modules: Sequence[nn.Module]) -> int:

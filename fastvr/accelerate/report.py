@@ -45,10 +45,9 @@ class Report:
         if not self.swapped:
             lines = ["nothing to accelerate here"]
         else:
-            lines = [f"{len(self.swapped)} modules run on fastvr"]
-            lines += _rows(self.swapped)
+            lines = [f"on fastvr: {len(self.swapped)}", *_rows(self.swapped)]
         if self.left:
-            lines += ["", f"{len(self.left)} modules are left to PyTorch", *_rows(self.left)]
+            lines += ["", f"left to PyTorch: {len(self.left)}", *_rows(self.left)]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

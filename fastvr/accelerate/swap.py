@@ -49,6 +49,11 @@ class Accelerated(nn.Module):
         return None
 
     @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        """``runs``, for this module."""
+        return cls.runs
+
+    @classmethod
     def note(cls, module: nn.Module) -> str | None:
         """What the user of ``module`` should know, or None."""
         return None
@@ -120,6 +125,7 @@ def takes(x: object, weight: object, *, norm: bool = False) -> bool:
     """
     if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return False
+    # in the mode "reference" the ops' references run, by which tests see what a GPU would compute
     if backend.current_backend() == "auto" and not backend.kernels_possible(x.device):
         return False
     if x.dtype not in _check.FLOATING or x.is_nested or x.device != weight.device:

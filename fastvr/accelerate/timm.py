@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,7 +38,8 @@ class TimmAttention(PackedAttention):
         given = (
             {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
         )
-        if given or self.separate() or not takes(x, self.qkv.weight) or x.dim() != 3:
+        weight = getattr(self.qkv, "weight", None)
+        if given or not takes(x, weight) or x.dim() != 3 or self.separate():
             y: torch.Tensor = self.own_forward(x, **given)
             return y
         return self.branch(x)
@@ -118,6 +119,8 @@ class TimmEvaBlock(Accelerated):
 class _TimmResidual:
     """What timm's residual blocks have besides torchvision's."""
 
+    runs: ClassVar[str]
+
     def simple(self) -> bool:
         acts = [getattr(self, name) for name in ("act1", "act2", "act3") if hasattr(self, name)]
         return (
@@ -127,6 +130,13 @@ class _TimmResidual:
             and passes(getattr(self, "drop_block", None))
             and passes(getattr(self, "aa", None))
         )
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        assert isinstance(module, _TimmResidual)
+        if module.simple():
+            return cls.runs
+        return "conv_bn_relu; squeeze-and-excite, another activation and the like in PyTorch"
 
     def finish_branch(self, y: torch.Tensor, x: torch.Tensor, act: nn.Module) -> torch.Tensor:
         """Squeeze-and-excite and stochastic depth, which stay PyTorch's, shortcut and activation."""

@@ -183,7 +183,7 @@ class ResNetStage(Accelerated):
 
 class ResNetBasicLayer(_Layers, FastBasicBlock):
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.simple():
+        if takes_map(hidden_state, self.conv1) and self.simple():
             return super().forward(hidden_state)
         y: torch.Tensor = self.own_forward(hidden_state)
         return y
@@ -191,7 +191,7 @@ class ResNetBasicLayer(_Layers, FastBasicBlock):
 
 class ResNetBottleneckLayer(_Layers, FastBottleneck):
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.simple():
+        if takes_map(hidden_state, self.conv1) and self.simple():
             return super().forward(hidden_state)
         y: torch.Tensor = self.own_forward(hidden_state)
         return y

@@ -57,6 +57,40 @@ def layernorm_attention(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
+    return run(
+        checked(
+            x,
+            ln_weight,
+            ln_bias,
+            qkv_weight,
+            qkv_bias,
+            proj_weight,
+            proj_bias,
+            num_heads,
+            scale=scale,
+            eps=eps,
+            gamma=gamma,
+            residual=residual,
+        )
+    )
+
+
+def checked(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> Arguments:
+    """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
     op = "layernorm_attention"
     check_norm(op, x, ln_weight, ln_bias, eps, ("ln_weight", "ln_bias"))
     _check.operand(op, "qkv_weight", qkv_weight)
@@ -86,14 +120,30 @@ def layernorm_attention(
     _check.companion(op, "gamma", gamma, (n,), x)
     _check.companion(op, "residual", residual, (*x.shape[:-1], n), x)
     scale = _check.scale(op, scale, width // num_heads)
-    vectors = (ln_weight, ln_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, residual)
-    args = (x, *vectors, num_heads, scale, float(eps))
-    if LAYERNORM_ATTENTION_TRAINING.trains(*args):
-        return LAYERNORM_ATTENTION_TRAINING(*args)[0]
-    narrow = None if qkv_weight.dtype == x.dtype else qkv_weight.dtype
-    normed = LAYER_NORM(x, ln_weight, ln_bias, float(eps), narrow)
-    attended = ATTENTION(LINEAR(normed, qkv_weight, qkv_bias, None, None, "none"), num_heads, scale)
-    return LINEAR(attended, proj_weight, proj_bias, gamma, residual, "none")
+    return Arguments(
+        x,
+        ln_weight,
+        ln_bias,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        gamma,
+        residual,
+        num_heads,
+        scale,
+        float(eps),
+    )
+
+
+def run(a: Arguments) -> torch.Tensor:
+    if LAYERNORM_ATTENTION_TRAINING.trains(*a):
+        return LAYERNORM_ATTENTION_TRAINING(*a)[0]
+    narrow = None if a.qkv_weight.dtype == a.x.dtype else a.qkv_weight.dtype
+    normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
+    qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
+    attended = ATTENTION(qkv, a.num_heads, a.scale)
+    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
 
 
 class Arguments(NamedTuple):
@@ -114,8 +164,8 @@ class Arguments(NamedTuple):
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _kernel(a: Arguments) -> _Results:
-    _, qkv, _, _, moments = _fake(a, "meta")
+def kernel(a: Arguments) -> _Results:
+    _, qkv, _, _, moments = fake(a, "meta")
     qkv = backend.empty(qkv.shape, dtype=qkv.dtype, device=a.x.device)
     moments = backend.empty(moments.shape, dtype=moments.dtype, device=a.x.device)
     if qkv.numel() > 0:
@@ -136,7 +186,7 @@ def _kernel(a: Arguments) -> _Results:
     return y, qkv, attended, lse, moments
 
 
-def _fake(a: Arguments, device: str | None = None) -> _Results:
+def fake(a: Arguments, device: str | None = None) -> _Results:
     batch, n, _ = a.x.shape
     width = a.qkv_weight.shape[0] // 3
     wide = torch.promote_types(a.qkv_weight.dtype, torch.float32)
@@ -153,7 +203,7 @@ def _fake(a: Arguments, device: str | None = None) -> _Results:
     )
 
 
-def _unsupported(a: Arguments) -> str | None:
+def unsupported(a: Arguments) -> str | None:
     if 0 in a.qkv_weight.shape:
         return "x has no features"
     return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a)
@@ -167,9 +217,9 @@ def _measured(a: Arguments) -> str:
     return tuning.choice(key, a.x.device, "reference")
 
 
-def _cost(a: Arguments) -> Cost:
+def cost(a: Arguments) -> Cost:
     batch, n, features = a.x.shape
-    (out, width), results = a.proj_weight.shape, _fake(a, "meta")
+    (out, width), results = a.proj_weight.shape, fake(a, "meta")
     flops = 2 * batch * n * width * (3 * features + out) + 4 * batch * n * n * width
     # qkv and what attention gives are read again
     return Cost(flops, nbytes(a) + nbytes(results) + nbytes(results[1:3]))
@@ -179,7 +229,7 @@ _NORM = frozenset({"x", "ln_weight", "ln_bias"})
 _BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
 
 
-def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
+def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_ATTENTION:
         saves |= {"proj_weight", "gamma", 1, 2, 3}
@@ -196,7 +246,7 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     return saves
 
 
-def _backward(
+def backward(
     a: Arguments, results: tuple[Any, ...], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
     _, qkv, attended, lse, moments = results
@@ -240,12 +290,12 @@ LAYERNORM_ATTENTION_TRAINING = Op(
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
     "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps",
     arguments=Arguments,
-    kernel=_kernel,
+    kernel=kernel,
     reference=reference_training,
-    fake=_fake,
-    unsupported=_unsupported,
+    fake=fake,
+    unsupported=unsupported,
     measured=_measured,
-    cost=_cost,
+    cost=cost,
     returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradient=Gradient(saves=_saves, backward=_backward),
+    gradient=Gradient(saves=saves_of, backward=backward),
 )

@@ -57,6 +57,38 @@ def layernorm_mlp(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
+    return LAYERNORM_MLP(
+        *checked(
+            x,
+            ln_weight,
+            ln_bias,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            eps=eps,
+            act=act,
+            gamma=gamma,
+            residual=residual,
+        )
+    )
+
+
+def checked(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    *,
+    eps: float = 1e-6,
+    act: str = "gelu",
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> Arguments:
+    """The arguments of :func:`layernorm_mlp`, found good, and as autocast has them."""
     op = "layernorm_mlp"
     check_norm(op, x, ln_weight, ln_bias, eps, ("ln_weight", "ln_bias"))
     _check.operand(op, "fc1_weight", fc1_weight)
@@ -79,7 +111,7 @@ def layernorm_mlp(
     _check.companion(op, "gamma", gamma, (n,), x)
     _check.companion(op, "residual", residual, (*x.shape[:-1], n), x)
     _check.choice(op, "act", act, ACTIVATIONS)
-    return LAYERNORM_MLP(
+    return Arguments(
         x,
         ln_weight,
         ln_bias,
@@ -162,7 +194,7 @@ def _fake(a: Arguments, device: str | None = None) -> torch.Tensor:
     return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]), dtype=dtype, device=device)
 
 
-def _unsupported(a: Arguments) -> str | None:
+def unsupported(a: Arguments) -> str | None:
     if a.x.shape[-1] == 0:
         return "x has no features"
     return _check.kernel_dtypes(*a)
@@ -194,11 +226,11 @@ def _cost(a: Arguments) -> Cost:
 _Trained = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _kernel_training(a: Arguments) -> _Trained:
+def kernel_training(a: Arguments) -> _Trained:
     """fc1 leaves what the activation is given, and fc2 activates it on its way in: what the activation gives
     need not be kept, nor written."""
     y, hidden, moments = (
-        backend.empty(t.shape, dtype=t.dtype, device=a.x.device) for t in _fake_training(a, "meta")
+        backend.empty(t.shape, dtype=t.dtype, device=a.x.device) for t in fake_training(a, "meta")
     )
     if y.numel() == 0:
         return y, hidden, moments
@@ -228,7 +260,7 @@ def _kernel_training(a: Arguments) -> _Trained:
     return y, hidden, moments
 
 
-def _fake_training(a: Arguments, device: str | None = None) -> _Trained:
+def fake_training(a: Arguments, device: str | None = None) -> _Trained:
     m, hidden = a.x.numel() // max(a.x.shape[-1], 1), a.fc1_weight.shape[0]
     wide = torch.promote_types(a.x.dtype, torch.float32)
     moments = a.x.new_empty((m, 2), dtype=wide, device=device)
@@ -242,16 +274,16 @@ def _measured_training(a: Arguments) -> str:
     return tuning.choice(key, a.x.device, "reference")
 
 
-def _cost_training(a: Arguments) -> Cost:
+def cost_training(a: Arguments) -> Cost:
     cost = _cost(a)
-    return Cost(cost.flops, cost.bytes + nbytes(_fake_training(a)[2:]))
+    return Cost(cost.flops, cost.bytes + nbytes(fake_training(a)[2:]))
 
 
 _NORM = frozenset({"x", "ln_weight", "ln_bias"})
 _BEFORE_THE_ACTIVATION = _NORM | {"fc1_weight", "fc1_bias"}
 
 
-def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
+def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_THE_ACTIVATION:
         saves |= {"fc2_weight", "gamma", 1}
@@ -268,7 +300,7 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     return saves
 
 
-def _backward(
+def backward(
     a: Arguments, results: tuple[Any, torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
     _, hidden, moments = results
@@ -310,14 +342,14 @@ LAYERNORM_MLP_TRAINING = Op(
     "layernorm_mlp_training",
     _PARAMETERS,
     arguments=Arguments,
-    kernel=_kernel_training,
+    kernel=kernel_training,
     reference=reference_training,
-    fake=_fake_training,
-    unsupported=_unsupported,
+    fake=fake_training,
+    unsupported=unsupported,
     measured=_measured_training,
-    cost=_cost_training,
+    cost=cost_training,
     returns="(Tensor, Tensor, Tensor)",
-    gradient=Gradient(saves=_saves, backward=_backward),
+    gradient=Gradient(saves=saves_of, backward=backward),
 )
 
 
@@ -325,7 +357,7 @@ LAYERNORM_MLP_TRAINING = Op(
 def _backward_of_traced(
     a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor | None]:
-    return _backward(a, LAYERNORM_MLP_TRAINING(*a), grad, needs)
+    return backward(a, LAYERNORM_MLP_TRAINING(*a), grad, needs)
 
 
 LAYERNORM_MLP = Op(
@@ -335,7 +367,7 @@ LAYERNORM_MLP = Op(
     kernel=_kernel,
     reference=reference,
     fake=_fake,
-    unsupported=_unsupported,
+    unsupported=unsupported,
     measured=_measured,
     cost=_cost,
     vendor=_vendor,

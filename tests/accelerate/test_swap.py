@@ -221,18 +221,22 @@ def test_a_replaced_forward_and_a_subclass_are_left(images) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1
 
-    model = _vit()
-    model.blocks[0].__class__ = MyBlock
-    forward = model.blocks[1].forward
-    model.blocks[1].forward = lambda x: forward(x) + 1
+    def changed() -> nn.Module:
+        model = _vit()
+        model.blocks[0].__class__ = MyBlock
+        forward = model.blocks[1].forward
+        model.blocks[1].forward = lambda x: forward(x) + 1
+        return model
+
+    model = changed()
     with torch.no_grad():
-        expected = model(images)
+        expected, exact = model(images), changed().double()(images.double())
         report = fastvr.accelerate(model)
         reasons = {entry.name: entry.what for entry in report.left}
         assert reasons["blocks.0"] == "a subclass of timm Block, which may compute something else"
         assert reasons["blocks.1"] == "its forward was replaced"
         with fastvr.use_backend("reference"), backend.observe() as ran:
-            torch.testing.assert_close(model(images), expected)
+            assert_parity(model(images), expected, exact)
     # what is in them is accelerated by itself
     assert ran["attention", "reference"] == 2
     assert ran["layer_norm", "reference"] == 5
@@ -273,11 +277,12 @@ def test_functional_calls_and_transforms(images) -> None:
     fastvr.accelerate(model)
     doubled = {name: 2 * p for name, p in eager.named_parameters()}
     with torch.no_grad(), fastvr.use_backend("reference"):
-        given = torch.func.functional_call(model, doubled, (images,))
-        torch.testing.assert_close(given, torch.func.functional_call(eager, doubled, (images,)))
+        actual = torch.func.functional_call(model, doubled, (images,))
         # transforms meet the model's own forward
-        given = torch.func.vmap(lambda x: model(x[None])[0])(images)
-        torch.testing.assert_close(given, eager(images))
+        mapped = torch.func.vmap(lambda x: model(x[None])[0])(images)
+        assert_parity(mapped, eager(images), truth_model(eager)(images.double()))
+        eager.load_state_dict(doubled)
+        assert_parity(actual, eager(images), truth_model(eager)(images.double()))
 
 
 def test_autocast(images) -> None:
@@ -297,6 +302,24 @@ def test_autocast(images) -> None:
 def test_what_is_no_module(function) -> None:
     with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module; got dict"):
         function({})
+
+
+def test_an_accelerated_model_is_not_one_of_fastvrs(images) -> None:
+    model = _vit()
+    fastvr.accelerate(model)
+    with pytest.raises(ValueError, match="prepare: model must be a ViT or ResNet of fastvr's"):
+        fastvr.prepare(model, images)
+
+
+def test_traced_and_extracted_features(images) -> None:
+    """A tracer that hands proxies through meets the modules' own forwards."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, eager = _resnet(), _resnet()
+    fastvr.accelerate(model)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        mine, its = (create_feature_extractor(each, ["layer2", "flatten"]) for each in (model, eager))
+        assert_parity(mine(images), its(images), truth_model(its)(images.double()))
 
 
 def test_no_library_is_imported(monkeypatch) -> None:

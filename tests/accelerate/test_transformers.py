@@ -11,6 +11,7 @@ from torch import nn
 
 import fastvr
 from fastvr import backend
+from fastvr.testing import assert_parity, truth_model
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -103,29 +104,51 @@ def test_hidden_states_and_attentions(images) -> None:
     fastvr.accelerate(model)
     with torch.no_grad(), fastvr.use_backend("reference"), backend.observe() as ran:
         for given in ({"output_hidden_states": True, "output_attentions": True}, {}):
-            expected, actual = eager(images, **given), model(images, **given)
-            torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
+            actual, expected = model(images, **given), eager(images, **given)
+            exact = truth_model(eager)(images.double(), **given)
             assert len(actual.hidden_states or ()) == (3 if given else 0)
             assert len(actual.attentions or ()) == (2 if given else 0)
-            for name in ("hidden_states", "attentions"):
-                torch.testing.assert_close(getattr(actual, name), getattr(expected, name))
+            for name in ("last_hidden_state", "hidden_states", "attentions"):
+                assert_parity(*(getattr(output, name) for output in (actual, expected, exact)))
     assert ran["layernorm_mlp", "reference"] == 4
 
 
 def test_checkpointed_layers(images) -> None:
     eager = _tower("ViT").train()
     eager.gradient_checkpointing_enable()
-    model = copy.deepcopy(eager)
+    model, truth = copy.deepcopy(eager), truth_model(eager)
     fastvr.accelerate(model)
+    upstream = torch.randn(2, 17, 64)
     with fastvr.use_backend("reference"), backend.observe() as ran:
-        for each in (eager, model):
-            each(images).last_hidden_state.square().mean().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert grads
-    expected = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
-    torch.testing.assert_close(grads, expected)
+        for each, dtype in ((eager, torch.float32), (truth, torch.float64), (model, torch.float32)):
+            each(images.to(dtype)).last_hidden_state.backward(upstream.to(dtype))
+    # the pooler's have none
+    grads = [
+        {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
+        for each in (model, eager, truth)
+    ]
+    assert len(grads[0]) > 30
+    assert_parity(*grads, kind="gradient", sample_dim=None)
     # forward, and again in backward
     assert ran["layernorm_mlp", "reference"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("ViT", {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}),
+        ("Dinov2", {"drop_path_rate": 0.3, "mlp_ratio": 2, "attention_probs_dropout_prob": 0.3}),
+    ],
+)
+def test_dropout_draws_what_it_drew(name, rates, images) -> None:
+    eager = _tower(name, **rates).train()
+    model = copy.deepcopy(eager)
+    fastvr.accelerate(model)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        torch.manual_seed(7)
+        expected = eager(images).last_hidden_state
+        torch.manual_seed(7)
+        assert torch.equal(model(images).last_hidden_state, expected)
 
 
 def test_other_attention_functions_are_left_to_transformers(images) -> None:
