@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -131,11 +132,12 @@ def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
             bottleneck = "layer1.0.conv3.weight" in checkpoint.state
             block: Any = timm.models.resnet.Bottleneck if bottleneck else timm.models.resnet.BasicBlock
             peer = timm.models.resnet.ResNet(block, in_chans=model.in_chans, **arguments)
-        elif "dist_token" in checkpoint.state:
-            distilled: Any = timm.models.deit.VisionTransformerDistilled
-            peer = distilled(**arguments)
         else:
-            peer = timm.models.vision_transformer.VisionTransformer(**arguments)
+            kind: Any = timm.models.vision_transformer.VisionTransformer
+            if "dist_token" in checkpoint.state:
+                kind = timm.models.deit.VisionTransformerDistilled
+            norm_layer = functools.partial(nn.LayerNorm, eps=describe(model)["norm_eps"])
+            peer = kind(norm_layer=norm_layer, **arguments)
     peer.load_state_dict(checkpoint.state)
     return "timm", peer
 

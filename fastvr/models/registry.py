@@ -42,6 +42,7 @@ _SIGLIP = {**_GAP, **_FEATURES}
 _SIGLIP_TANH = {**_SIGLIP, "act": "gelu_tanh"}
 _DINOV2: dict[str, Any] = {**_FEATURES, "img_size": 518, "init_values": 1e-5}
 _DINOV2_REG = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
+_CLIP: dict[str, Any] = {"pre_norm": True, "norm_eps": 1e-5}
 _DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
 # A name says patch and image size; the table what it does not say.
@@ -66,8 +67,8 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_huge_patch14_224": ({**_HUGE, **_FEATURES}, "orig_in21k"),
     "vit_giant_patch14_224": (_GIANT, None),
     "vit_gigantic_patch14_224": (_GIGANTIC, None),
-    "vit_huge_patch14_gap_224": ({**_HUGE, **_SIGLIP}, "in1k_ijepa"),
-    "vit_huge_patch16_gap_448": ({**_HUGE, **_SIGLIP}, "in1k_ijepa"),
+    "vit_huge_patch14_gap_224": ({**_HUGE, **_SIGLIP}, None),
+    "vit_huge_patch16_gap_448": ({**_HUGE, **_SIGLIP}, None),
     "vit_base_patch16_siglip_gap_224": ({**_BASE, **_SIGLIP}, "v2_webli"),
     "vit_base_patch16_siglip_gap_256": ({**_BASE, **_SIGLIP}, "v2_webli"),
     "vit_base_patch16_siglip_gap_384": ({**_BASE, **_SIGLIP}, "v2_webli"),
@@ -85,6 +86,21 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_so400m_patch16_siglip_gap_512": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_256": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_384": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
+    # CLIP's with exact GELU; OpenAI's own have another one
+    "vit_base_patch32_clip_224": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_base_patch32_clip_256": ({**_BASE, **_CLIP, "num_classes": 512}, "datacompxl"),
+    "vit_base_patch32_clip_384": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_base_patch32_clip_448": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_base_patch16_clip_224": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_base_patch16_clip_384": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_large_patch14_clip_224": ({**_LARGE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_large_patch14_clip_336": ({**_LARGE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_huge_patch14_clip_224": ({**_HUGE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_huge_patch14_clip_336": ({**_HUGE, **_CLIP}, "laion2b_ft_in12k_in1k"),
+    "vit_huge_patch14_clip_378": ({**_HUGE, **_CLIP, "num_classes": 1024}, "dfn5b"),
+    "vit_giant_patch14_clip_224": ({**_GIANT, **_CLIP, "num_classes": 1024}, "laion2b"),
+    "vit_gigantic_patch14_clip_224": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "laion2b"),
+    "vit_gigantic_patch14_clip_378": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "metaclip2_worldwide"),
     "vit_small_patch14_dinov2": ({**_SMALL, **_DINOV2}, "lvd142m"),
     "vit_base_patch14_dinov2": ({**_BASE, **_DINOV2}, "lvd142m"),
     "vit_large_patch14_dinov2": ({**_LARGE, **_DINOV2}, "lvd142m"),

@@ -9,24 +9,10 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
+from fastvr.models._other_names import RESNET_NAMES
 from fastvr.nn.head import classify_map
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
 from fastvr.nn.stem import stem
-
-# timm's and transformers'
-_OTHER_NAMES = {
-    "in_channels": "in_chans",
-    "num_channels": "in_chans",
-    "num_labels": "num_classes",
-    "cardinality": "groups",
-    "base_width": "width_per_group",
-    "stem_type": "stem_width (None: one 7x7 convolution)",
-    "embedding_size": "width",
-    "depths": "layers",
-    "zero_init_last": "zero_init_residual",
-    "output_stride": "none: the stride is always 32",
-    "replace_stride_with_dilation": "none: the stride is always 32",
-}
 
 
 class ResNet(Model):
@@ -49,7 +35,7 @@ class ResNet(Model):
         global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
     """
 
-    other_names = _OTHER_NAMES
+    other_names = RESNET_NAMES
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.models._model import Model, check_image
+from fastvr.models._other_names import VIT_NAMES
 from fastvr.models.positions import resample
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
@@ -18,30 +19,6 @@ from fastvr.nn.plain import layer_norm, plain, plain_norm
 from fastvr.reference.image import normalize
 
 _POOLS = ("token", "avg", "")
-# torchvision's and transformers'
-_OTHER_NAMES = {
-    "image_size": "img_size",
-    "in_channels": "in_chans",
-    "num_channels": "in_chans",
-    "num_labels": "num_classes",
-    "hidden_dim": "embed_dim",
-    "hidden_size": "embed_dim",
-    "dim": "embed_dim",
-    "num_layers": "depth",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "mlp_dim": "mlp_ratio (over embed_dim)",
-    "intermediate_size": "mlp_ratio (over embed_dim)",
-    "hidden_act": "act",
-    "act_layer": "act",
-    "layer_norm_eps": "norm_eps",
-    "layerscale_value": "init_values",
-    "num_register_tokens": "reg_tokens",
-    "dropout": "proj_drop_rate (and pos_drop_rate)",
-    "hidden_dropout_prob": "proj_drop_rate (and pos_drop_rate)",
-    "attention_dropout": "attn_drop_rate",
-    "attention_probs_dropout_prob": "attn_drop_rate",
-}
 
 
 class ViT(Model):
@@ -72,13 +49,14 @@ class ViT(Model):
         norm_first: pre-norm or post-norm blocks.
         act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
         norm_eps: LayerNorm's eps.
+        pre_norm: a norm of the embedded tokens, whose convolution then has no bias (CLIP).
         dynamic_img_size: take images of every size that ``patch_size`` divides, with the positions resampled.
 
     Raises:
         ValueError: values that do not fit together; the message names the argument.
     """
 
-    other_names = _OTHER_NAMES
+    other_names = VIT_NAMES
 
     def __init__(
         self,
@@ -106,6 +84,7 @@ class ViT(Model):
         norm_first: bool = True,
         act: str = "gelu",
         norm_eps: float = 1e-6,
+        pre_norm: bool = False,
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
@@ -130,7 +109,7 @@ class ViT(Model):
         self.no_embed_class = no_embed_class
         self.dynamic_img_size = dynamic_img_size
 
-        self.patch_embed: nn.Module = PatchEmbed(image, patch, in_chans, embed_dim)
+        self.patch_embed: nn.Module = PatchEmbed(image, patch, in_chans, embed_dim, bias=not pre_norm)
         self.img_size, self.patch_size = image, patch
         self.grid_size: tuple[int, int] = self.patch_embed.grid_size
         tokens = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
@@ -138,6 +117,7 @@ class ViT(Model):
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
         self.pos_drop: nn.Module = nn.Dropout(pos_drop_rate)
+        self.norm_pre: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         self.blocks: nn.Module = nn.Sequential(
             *(
                 Block(
@@ -314,8 +294,7 @@ class ViT(Model):
             x = embed.tokens(x, pos_embed, prefix, *moments, dtype)
         else:
             x = add_tokens(embed(normalize(x, *moments, dtype)), pos_embed, prefix)
-        y: torch.Tensor = self.pos_drop(x)
-        return y
+        return layer_norm(self.norm_pre, self.pos_drop(x))
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.blocks(self._embed(x))

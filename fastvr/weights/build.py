@@ -21,8 +21,8 @@ from fastvr.weights import preprocessing
 from fastvr.weights.describe import mlp_ratio, resnet_arguments
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.layouts import Recognised, recognise
-from fastvr.weights.load import fill, unknown_layout
-from fastvr.weights.read import Checkpoint, read_checkpoint
+from fastvr.weights.load import as_checkpoint, fill, unknown_layout
+from fastvr.weights.read import Checkpoint
 
 logger = logging.getLogger("fastvr")
 
@@ -30,13 +30,13 @@ _HEADS = ("head", "head_dist", "fc")
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
     *,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> Model:
-    """The model that a checkpoint is for, with its weights, in eval mode.
+    """The model that a checkpoint is for, with its weights, in eval mode and float32.
 
     Depth, width, patches, register and distillation tokens, LayerScale and the number of classes are those of
     the weights. Heads, eps and activation are those of config.json where there is one, else what the layout's
@@ -47,7 +47,7 @@ def load_model(
     images.
 
     Args:
-        path: as for :func:`load_checkpoint`.
+        path_or_state_dict: as for :func:`load_checkpoint`.
         num_classes: another number than the checkpoint's makes a new head, 0 none.
         img_size: another size than the checkpoint's resamples the position embeddings, bicubic with
             antialiasing in float32 as timm does; for a ViT.
@@ -59,7 +59,8 @@ def load_model(
         CheckpointError: it cannot be read, or is for none of fastvr's models; names what is wrong.
         ValueError, TypeError: arguments that do not fit; the message names them.
     """
-    return build(read_checkpoint(path), num_classes=num_classes, img_size=img_size, **overrides)
+    checkpoint = as_checkpoint(path_or_state_dict, "load_model")
+    return build(checkpoint, num_classes=num_classes, img_size=img_size, **overrides)
 
 
 def build(
@@ -79,7 +80,7 @@ def build(
         kind, arguments = _arguments(found, overrides, source)
     except CheckpointError:
         raise
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{source} ({found.title} layout of a {found.family}): lacks weights that tell its shape: {error}"
         ) from error
@@ -127,7 +128,10 @@ def _arguments(
     state, stated = found.state, dict(found.stated)
     projection = state["patch_embed.proj.weight"]
     width, in_chans, *patch = projection.shape
-    depth = 1 + max(int(n) for key in state for n in re.findall(r"^blocks\.(\d+)\.", key))
+    numbers = {int(n) for key in state for n in re.findall(r"^blocks\.(\d+)\.", key)}
+    depth = len(numbers)
+    if numbers != set(range(depth)):
+        raise CheckpointError(f"{source}: has {depth} blocks, with numbers up to {max(numbers)}")
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     distilled = "dist_token" in state
     prefix = sum(state[name].shape[1] for name in ("cls_token", "reg_token", "dist_token") if name in state)
@@ -159,10 +163,14 @@ def _arguments(
         "mlp_ratio": mlp_ratio(hidden, width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),
         "fc_norm": fc_norm,
         **stated,
     }
+    if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():
+        arguments = {"norm_eps": 1e-5, **arguments}
+        logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
         arguments["num_heads"] = _heads(width, source, guessed=found.layout == "encoder")
     if distilled:

@@ -32,7 +32,6 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(model, ViT)
     if not described["norm_first"]:
         raise ValueError("save_model: timm's ViT is pre-norm; got a post-norm model")
-    _check_eps("timm", described)
     state = model.state_dict()
     width = model.embed_dim
     arguments = {
@@ -52,6 +51,7 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, DistilledViT):
         return arguments
     return arguments | {
+        "pre_norm": "norm_pre.weight" in state,
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
         "global_pool": model.global_pool,
@@ -69,6 +69,10 @@ def timm_config(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         assert isinstance(model, ViT)
         distilled = isinstance(model, DistilledViT)
         architecture = "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224"
+        eps = 1e-6
+        if arguments.get("pre_norm"):
+            architecture, eps = "vit_base_patch16_clip_224", 1e-5
+        _check_eps("timm", described, eps)
         classifier, pool = ["head", "head_dist"] if distilled else "head", model.global_pool  # type: ignore[assignment]
     return {
         "architecture": architecture,
@@ -87,7 +91,7 @@ def check_torchvision(model: Model, described: dict[str, Any]) -> None:
         problems += [f"{name}={options[name]!r}" for name, value in unlike.items() if options[name] != value]
     else:
         assert isinstance(model, ViT)
-        _check_eps("torchvision", described)
+        _check_eps("torchvision", described, 1e-6)
         if type(model) is not ViT or model.num_reg_tokens or not model.has_class_token:
             problems.append("other tokens than the class token")
         if "blocks.0.ls1.gamma" in model.state_dict():
@@ -103,11 +107,11 @@ def check_torchvision(model: Model, described: dict[str, Any]) -> None:
         raise ValueError(f"save_model: torchvision has no model with {', '.join(problems)}")
 
 
-def _check_eps(library: str, described: dict[str, Any]) -> None:
-    if described["norm_eps"] != 1e-6:
+def _check_eps(library: str, described: dict[str, Any], eps: float) -> None:
+    if described["norm_eps"] != eps:
         raise ValueError(
-            f"save_model: {library}'s LayerNorms have eps 1e-06, the model's have {described['norm_eps']}: "
-            "load it with norm_eps=1e-6 where that much of another function will do"
+            f"save_model: {library}'s LayerNorms have eps {eps}, the model's have {described['norm_eps']}: "
+            f"load it with norm_eps={eps} where that much of another function will do"
         )
 
 

@@ -18,7 +18,7 @@ from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.weights.errors import CheckpointError
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "img_size": list,
+    "img_size": (list, tuple),
     "num_heads": int,
     "act": str,
     "norm_eps": float,
@@ -60,19 +60,20 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def read_description(written: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What :func:`describe` wrote, checked.
+def read_description(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`describe` wrote, or another library's configuration came to, checked.
 
     Raises:
         CheckpointError: it is something else.
     """
-    for name, value in written.items():
-        if name not in _KINDS or not isinstance(value, _KINDS[name]):
-            raise CheckpointError(f"{source}: its configuration says {name}={value!r}, which is no argument")
     found = dict(written)
+    for name, value in found.items():
+        right = name in _KINDS and isinstance(value, _KINDS[name])
+        if right and name == "img_size":
+            right = len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+        if not right or (name == "num_heads" and value < 1):
+            raise CheckpointError(f"the configuration says {name}={value!r}, which is no such argument")
     if "img_size" in found:
-        if len(found["img_size"]) != 2 or not all(isinstance(side, int) for side in found["img_size"]):
-            raise CheckpointError(f"{source}: its configuration says img_size={found['img_size']!r}")
         found["img_size"] = tuple(found["img_size"])
     return found
 
@@ -87,7 +88,8 @@ def resnet_arguments(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     head = state.get("fc.weight")
     arguments: dict[str, Any] = {
         "block": Bottleneck if bottleneck else BasicBlock,
-        "layers": tuple(1 + max(block for at, block in blocks if at == stage) for stage in (1, 2, 3, 4)),
+        # by how many there are: of a number that is none of them, loading says that it is too many
+        "layers": tuple(len({block for at, block in blocks if at == stage}) for stage in (1, 2, 3, 4)),
         "num_classes": 0 if head is None else head.shape[0],
         "in_chans": first.shape[1],
         "width": width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -69,11 +70,21 @@ def recognise(
                 renamed, origin = _joined(state, slots, source)
                 module.finish(renamed, state)
                 unused = tuple(key for key in state if key not in slots)
-                stated = module.stated(family, config, state)
-                if config is not None and isinstance(own := config.get(METADATA_KEY), Mapping):
-                    stated = read_description(own, source)
+                stated = _stated(module, family, config, state, source)
                 return Recognised(layout, family, renamed, origin, unused, stated)
     return None
+
+
+def _stated(
+    module: ModuleType, family: str, config: Mapping[str, Any] | None, keys: Collection[str], source: str
+) -> dict[str, Any]:
+    """What the configuration says, fastvr's own before the library's; checked, since it is only data."""
+    try:
+        own = None if config is None else config.get(METADATA_KEY)
+        found = own if isinstance(own, Mapping) else module.stated(family, config, keys)
+        return read_description(found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _joined(

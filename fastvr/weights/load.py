@@ -60,18 +60,20 @@ def load_checkpoint(
         FileNotFoundError: there is no such file.
         CheckpointError: the file cannot be read, or does not fit the model; names all that is wrong.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        source = "the state dict"
-        checkpoint = Checkpoint(source, unwrap(path_or_state_dict, source))
-    elif isinstance(path_or_state_dict, (str, os.PathLike)):
-        checkpoint = read_checkpoint(path_or_state_dict)
-    else:
-        raise ValueError(
-            "load_checkpoint: path_or_state_dict must be a path or a state dict; "
-            f"got {type(path_or_state_dict).__name__}"
-        )
+    checkpoint = as_checkpoint(path_or_state_dict, "load_checkpoint")
     found = _recognise(checkpoint, model)
     return fill(model, found, checkpoint.source, strict=strict)
+
+
+def as_checkpoint(given: str | os.PathLike[str] | Mapping[str, Any], caller: str) -> Checkpoint:
+    """What :func:`load_checkpoint` takes, read."""
+    if isinstance(given, Mapping):
+        return Checkpoint("the state dict", unwrap(given, "the state dict"))
+    if isinstance(given, (str, os.PathLike)):
+        return read_checkpoint(given)
+    raise ValueError(
+        f"{caller}: path_or_state_dict must be a path or a state dict; got {type(given).__name__}"
+    )
 
 
 def fill(model: nn.Module, found: Recognised, source: str, *, strict: bool = True) -> LoadReport:

@@ -9,6 +9,7 @@ from typing import Any
 from fastvr.models.preprocessing import INTERPOLATIONS, Preprocessing
 from fastvr.weights.errors import CheckpointError
 
+_CONVNEXT_SQUASHES = 384  # pixels, from which on its processor crops no more
 # Pillow's numbers, which transformers writes
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -93,22 +94,26 @@ def _timm(written: Mapping[str, Any]) -> Preprocessing | None:
 
 def _transformers(written: Mapping[str, Any]) -> Preprocessing:
     size: Any = written.get("size", 224)
-    crop = written.get("crop_size") if written.get("do_center_crop") else None
+    crop: Any = written.get("crop_size") if written.get("do_center_crop") else None
+    by_share = crop is None and bool(written.get("crop_pct"))
     squash = False
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        resize = int(size["shortest_edge"])
-        cut = resize
-        if crop is not None:
-            cut = int(crop["height"] if isinstance(crop, Mapping) else crop)
-        elif written.get("crop_pct"):
-            # ConvNeXT's processor, which ResNets have: the size is that of the crop
-            resize = int(resize / float(written["crop_pct"]))
+    if by_share or (isinstance(size, Mapping) and "shortest_edge" in size):
+        resize = int(size["shortest_edge"] if isinstance(size, Mapping) else size)
+        cut = resize if crop is None else _side(crop)
+        if by_share:
+            # ConvNeXT's processor, which ResNets have: the size is the crop's, and large ones are squashed
+            squash = resize >= _CONVNEXT_SQUASHES
+            resize = resize if squash else int(resize / float(written["crop_pct"]))
     else:
-        resize = int(size["height"] if isinstance(size, Mapping) else size)
+        resize = _side(size)
         squash = crop is None
-        cut = resize if crop is None else int(crop["height"] if isinstance(crop, Mapping) else crop)
+        cut = resize if crop is None else _side(crop)
     mean, std = _numbers(written["image_mean"]), _numbers(written["image_std"])
     return Preprocessing(cut, resize, mean, std, _PILLOW[int(written.get("resample", 2))], squash)
+
+
+def _side(size: Any) -> int:
+    return int(size["height"] if isinstance(size, Mapping) else size)
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fastvr.models._model import Model
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
+from fastvr.tuning.table import replacing
 from fastvr.weights import configs, preprocessing, torchvision, transformers, transformers_resnet
 from fastvr.weights.describe import describe
 from fastvr.weights.read import METADATA_KEY
@@ -66,22 +67,31 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
         with_head = bool(model.num_classes)
         state = _renamed(state, lambda name: transformers_resnet.export(name, with_head))
     how = model.preprocessing
-    if described:
-        config[METADATA_KEY] = described
-    if how is not None and layout != "transformers":
-        config["pretrained_cfg"] = {
-            **preprocessing.for_timm(how),
-            **config.get("pretrained_cfg", {}),
-        }
+    if layout == "transformers":
+        config |= {METADATA_KEY: described} if described else {}
+    else:
+        own = own_config(model)
+        config |= {**own, "pretrained_cfg": own.get("pretrained_cfg", {}) | config.get("pretrained_cfg", {})}
     if not folder:
-        _write_file(path, state, config)
+        _write_file(path, state, {METADATA_KEY: json.dumps(config)})
         return path
     path.mkdir(parents=True, exist_ok=True)
-    _write_file(path / "model.safetensors", state, config)
+    _write_file(path / "model.safetensors", state, {})
     _write_json(path / "config.json", config)
     if how is not None and layout == "transformers":
         _write_json(path / "preprocessor_config.json", preprocessing.for_transformers(how))
     return path
+
+
+def own_config(model: Model) -> dict[str, Any]:
+    """What :func:`load_model` needs beside the weights in fastvr's own names, and timm's preprocessing.
+
+    Raises:
+        ValueError: somebody put other modules into the model.
+    """
+    how, described = model.preprocessing, describe(model)
+    config: dict[str, Any] = {METADATA_KEY: described} if described else {}
+    return config if how is None else config | {"pretrained_cfg": preprocessing.for_timm(how)}
 
 
 def _transformers_state(
@@ -117,35 +127,19 @@ def _renamed(
     return renamed
 
 
-def _write_file(path: Path, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    def write(at: Path) -> None:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+def _write_file(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save as serialise
 
-            save_file(state, at, metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
-        else:
-            torch.save(state, at)
-
-    _atomically(path, write)
+        data = serialise(state, metadata={"format": "pt", **metadata})
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _write_json(path: Path, config: dict[str, Any]) -> None:
-    text = json.dumps(config, indent=2) + "\n"
-
-    def write(at: Path) -> None:
-        at.write_text(text)
-
-    _atomically(path, write)
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` write beside ``path``, then put that in its place: nobody sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())

@@ -1,10 +1,12 @@
 """timm's layout: fastvr's own names, for ViT and for ResNet (torchvision's ResNets have the same).
 
-The files that DINOv2 itself publishes have these names too, but for register and mask tokens.
+The files that DINOv2 and DeiT-III themselves publish have these names too, but for register and mask tokens
+and LayerScale.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +16,8 @@ from fastvr.models.registry import MODELS
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
 from fastvr.weights.read import METADATA_KEY
+
+_GAMMA = re.compile(r"(?<=\.)gamma_([12])$")
 
 # timm's arguments of a ViT that its weights do not tell, and fastvr's names for them
 _ARGUMENTS = {
@@ -35,6 +39,7 @@ _SHAPES = {
     "qkv_bias",
     "init_values",
     "class_token",
+    "pre_norm",
     "reg_tokens",
     "dynamic_img_size",
     "drop_path_rate",
@@ -50,8 +55,10 @@ def family(keys: Collection[str]) -> str | None:
 
 
 def rename(key: str) -> Slot:
-    """fastvr's name for timm's ``key``."""
-    return "reg_token" if key == "register_tokens" else key
+    """fastvr's name for timm's ``key``, or for that in the files that DINOv2 and DeiT-III publish."""
+    if key == "register_tokens":
+        return "reg_token"
+    return _GAMMA.sub(r"ls\1.gamma", key)
 
 
 def export(name: str) -> tuple[str, ...] | None:
@@ -93,7 +100,7 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
         "act": "gelu",
         "norm_eps": 1e-6,
         "norm_first": True,
-        **{name: arguments[name] for name in (*_ARGUMENTS.values(), "num_heads") if name in arguments},
+        **{name: arguments[name] for name in (*_ARGUMENTS.values(), "norm_eps") if name in arguments},
     }
     if isinstance(pool := config.get("global_pool"), str):
         found["global_pool"] = pool

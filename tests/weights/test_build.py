@@ -80,7 +80,6 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "timm-vit": {},
         "timm-resnet": {},
         "torchvision-vit": {},
-        "torchvision-resnet": {},
         "transformers-vit": {"norm_eps": 1e-6},
         "transformers-deit-teacher": {"norm_eps": 1e-6},
         "transformers-dinov2-registers": {},
@@ -102,6 +101,7 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("layout", "kind"), [(to, kind) for to, kinds in EXPORTS.items() for kind in kinds])
 def test_round_trips_are_exact(layout, kind, make_peer, tmp_path) -> None:
+    pytest.importorskip(layout)
     peer = make_peer(kind)
     overrides = {**CHECKPOINTS[kind], **EXPORTS[layout][kind]}
     model = fastvr.load_model(write(peer, kind, tmp_path), **overrides)
@@ -115,7 +115,7 @@ def test_round_trips_are_exact(layout, kind, make_peer, tmp_path) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     # and the library itself reads what was written
-    report = verify(written)
+    report = verify(written, batch=1)
     # names of a ResNet are the same in torchvision and timm, and called timm's
     assert report.library == ("timm" if layout == "torchvision" and "resnet" in kind else layout)
     assert report.ours.passed, report.ours.failure
@@ -137,7 +137,7 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
         (narrow, "timm", "width=64; got 16"),
         (deep, "torchvision", "stem_width=32"),
         (deep, "transformers", "stem_width=32, avg_down=True"),
-        (scaled_eps, "timm", "eps 1e-06, the model's have 1e-12: load it with norm_eps=1e-6"),
+        (scaled_eps, "timm", "eps 1e-06, the model's have 1e-12: load it with norm_eps=1e-06"),
         (registers, "onnx", "layout must be one of timm, torchvision, transformers; got 'onnx'"),
         (nn.Linear(2, 2), "timm", "model must be a ViT or ResNet; got Linear"),
     ):
@@ -168,7 +168,10 @@ def test_a_single_file_holds_its_configuration(tmp_path) -> None:
     ).load_state_dict(load_file(path))
 
 
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnet50d", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnext50_32x4d", "resnet50d", "deit_tiny_distilled_patch16_224", "vit_base_patch32_clip_224"],
+)
 def test_timm_reads_a_written_folder(name, tmp_path) -> None:
     few = {"layers": (1, 1, 1, 1)} if "res" in name else {"depth": 1, "img_size": 32}
     model = fastvr.create_model(name, num_classes=5, **few).eval()
@@ -182,6 +185,24 @@ def test_timm_reads_a_written_folder(name, tmp_path) -> None:
             k: t.shape for k, t in model.state_dict().items()
         }
     same_function(fastvr.load_model(tmp_path), peer)
+
+
+def test_clips_weights_alone(tmp_path, caplog) -> None:
+    """They say of what kind they are, but not with which activation."""
+    model = fastvr.create_model("vit_base_patch32_clip_224", num_classes=5, depth=1, img_size=64).eval()
+    nn.init.normal_(model.norm_pre.weight)
+    save_file(dict(model.state_dict()), tmp_path / "clip.safetensors")
+    with caplog.at_level(logging.WARNING, "fastvr"):
+        again = fastvr.load_model(tmp_path / "clip.safetensors")
+    assert "does not say which activation it has; exact GELU is taken" in caplog.text
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert verify(tmp_path / "clip.safetensors", batch=1).ours.passed
+    for layout in ("torchvision", "transformers"):
+        with pytest.raises(ValueError, match="save_model: "):
+            fastvr.save_model(model, tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
 
 
 def test_timms_configuration_decides(tmp_path) -> None:
@@ -214,6 +235,9 @@ def test_timms_configuration_decides(tmp_path) -> None:
         ({"model_args": {"act_layer": "silu"}}, "act_layer must be gelu"),
         ({"pretrained_cfg": {**config["pretrained_cfg"], "std": [0, 1, 1]}}, "std must be positive"),
         ({"fastvr": {"num_heads": "two"}}, "num_heads='two'"),
+        ({"fastvr": {"img_size": [32]}}, r"img_size=\[32\]"),
+        ({"architecture": ["vit"]}, "unhashable"),
+        ({"model_args": {"num_heads": 0}}, "num_heads=0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(fastvr.CheckpointError, match=message):
@@ -275,6 +299,17 @@ def test_what_a_checkpoint_does_not_say(make_peer, tmp_path, caplog) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors")
     with pytest.raises(fastvr.CheckpointError, match="no layout of a ViT or ResNet that is known"):
         fastvr.load_model(tmp_path / "w.safetensors")
+    far = {key.replace("blocks.1.", "blocks.1000000."): t for key, t in state.items()}
+    with pytest.raises(fastvr.CheckpointError, match="has 2 blocks, with numbers up to 1000000"):
+        fastvr.load_model(far, num_heads=2)
+    with pytest.raises(fastvr.CheckpointError, match=r"unknown: layer1\.7\."):
+        fastvr.load_model(
+            {
+                key.replace("layer1.0.", "layer1.7."): t
+                for key, t in make_peer("timm-resnet").state_dict().items()
+            }
+            | {"layer1.0.conv1.weight": torch.ones(64, 64, 3, 3)}
+        )
     wide = fastvr.ViT(**{**TIMM, "embed_dim": 128})
     save_file(dict(wide.state_dict()), tmp_path / "w.safetensors")
     with caplog.at_level(logging.WARNING, "fastvr"):
@@ -329,6 +364,10 @@ def test_convnexts_processor() -> None:
 
     written, expected = PROCESSORS["convnext"]
     assert read(None, written, "it") == expected
+    # as older files have it
+    assert read(None, {**written, "size": 224}, "it") == expected
+    squashed = expected._replace(size=384, resize=384, squash=True)
+    assert read(None, {**written, "size": {"shortest_edge": 384}}, "it") == squashed
 
 
 def test_the_hub_is_asked_only_where_somebody_asks(monkeypatch, make_peer, tmp_path) -> None:

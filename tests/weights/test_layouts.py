@@ -178,6 +178,18 @@ def test_bad_indices_are_named(case, make_peer, tmp_path) -> None:
         fastvr.load_checkpoint(OURS["transformers-vit"](), tmp_path)
 
 
+def test_deit3s_own_files() -> None:
+    arguments = {**VIT, "init_values": 0.1, "no_embed_class": True}
+    source, model = fastvr.ViT(**arguments), fastvr.ViT(**arguments)
+    state = source.state_dict()
+    theirs = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in state.items()
+    }
+    assert len(set(theirs) - set(state)) == 4
+    fastvr.load_checkpoint(model, theirs)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
 def test_dinov2s_own_files(make_peer) -> None:
     """Its own names are timm's, but for register and mask tokens."""
     peer = make_peer("transformers-dinov2-registers")
