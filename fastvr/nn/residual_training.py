@@ -11,7 +11,7 @@ from fastvr import backend
 from fastvr.nn.conv_bn_relu import plain_conv, takes_batch_statistics, track
 from fastvr.nn.plain import plain
 from fastvr.ops import _check
-from fastvr.ops.residual_block import Layer, fuses_residual_block, residual_block
+from fastvr.ops.residual_block import Layer, fuses_residual_block, normalised_pixels, residual_block
 
 
 def train_block(
@@ -46,8 +46,8 @@ def train_block(
     inside, other = layers[: len(branch)], layers[-1] if shortcut is not None else None
     if not fuses_residual_block(x, inside, other):
         return None
-    y, statistics, pixels = residual_block(x, inside, other)
-    track(norms, statistics, pixels)
+    y, statistics = residual_block(x, inside, other)
+    track(norms, statistics, normalised_pixels(x, inside, other))
     return y
 
 

@@ -43,7 +43,7 @@ __all__ = ["Layer", "Statistics", "residual_block"]
 
 def residual_block(
     x: torch.Tensor, branch: Sequence[Layer], shortcut: Layer | None = None
-) -> tuple[torch.Tensor, list[Statistics], list[int]]:
+) -> tuple[torch.Tensor, list[Statistics]]:
     """A residual block in training, BatchNorm by the batch's own statistics.
 
     Computes ``relu(branch(x) + shortcut(x))``: the branch's convolutions, each with BatchNorm and all but the
@@ -58,7 +58,6 @@ def residual_block(
     Returns:
         y: [N, O, OH, OW], channels_last, x's dtype.
         The statistics of every BatchNorm, the shortcut's last, without gradient.
-        Of how many pixels each was taken.
 
     Under autocast x and the convolutions' weights are cast to its dtype.
 
@@ -77,21 +76,29 @@ def residual_block(
         branch = [layer._replace(weight=_check.cast(layer.weight, dtype)) for layer in branch]
         if shortcut is not None:
             shortcut = shortcut._replace(weight=_check.cast(shortcut.weight, dtype))
-    shapes: list[Sequence[int]] = []
     shape: Sequence[int] = x.shape
     for i, layer in enumerate(branch):
         shape = _check_layer(op, f"branch[{i}]", layer, x, shape)
-        shapes.append(shape)
     end: Sequence[int] = x.shape
     if shortcut is not None:
         end = _check_layer(op, "shortcut", shortcut, x, x.shape)
-        shapes.append(end)
     if tuple(end) != tuple(shape):
         name = "x" if shortcut is None else "shortcut's result"
         raise ValueError(f"{op}: {name} must be {list(shape)}, as the branch's result is; got {list(end)}")
     y, statistics, *_ = RESIDUAL_BLOCK(*flat(x, branch, shortcut))
     layers = [*branch, *([] if shortcut is None else [shortcut])]
-    return y, split(statistics, layers), [n * h * w for n, _, h, w in shapes]
+    return y, split(statistics, layers)
+
+
+def normalised_pixels(x: torch.Tensor, branch: Sequence[Layer], shortcut: Layer | None) -> list[int]:
+    """Of how many pixels each of the statistics is taken."""
+    shape, shapes = tuple(x.shape), []
+    for layer in branch:
+        shape = made(shape, layer)
+        shapes.append(shape)
+    if shortcut is not None:
+        shapes.append(made(x.shape, shortcut))
+    return [n * h * w for n, _, h, w in shapes]
 
 
 def fuses_residual_block(x: torch.Tensor, branch: Sequence[Layer], shortcut: Layer | None) -> bool:

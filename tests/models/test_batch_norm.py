@@ -219,11 +219,9 @@ def _frozen(block: nn.Module) -> None:
 
 
 BLOCK_CHANGES = {
-    "hook-conv": (_hooked("conv1"), 3),
     "hook-shortcut": (_hooked("downsample.1"), 3),
     "frozen norm": (_in_eval, 3),
     "frozen parameters": (_frozen, 4),
-    "no shortcut's norm": (lambda block: setattr(block, "downsample", block.downsample[0]), 3),
     "not affine": (lambda block: setattr(block, "bn1", nn.BatchNorm2d(16, affine=False)), 3),
 }
 

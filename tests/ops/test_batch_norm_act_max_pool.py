@@ -43,7 +43,7 @@ def check(given):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 64, 14, 14), (3, 40, 9, 7), (1, 3, 31, 2), (2, 130, 5, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40, 9, 7), (1, 3, 15, 2)], ids=str)
 def test_values_statistics_and_gradients(shape, dtype, device):
     check(inputs(shape, dtype, device))
 

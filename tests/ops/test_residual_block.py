@@ -6,7 +6,7 @@ from contract import DTYPES, assert_compiles, assert_order_does_not_matter, rand
 
 from fastvr import backend, tuning
 from fastvr.compare import traffic
-from fastvr.ops.residual_block import RESIDUAL_BLOCK, Layer, flat, residual_block
+from fastvr.ops.residual_block import RESIDUAL_BLOCK, Layer, flat, normalised_pixels, residual_block
 from fastvr.ops.residual_block_backward import RESIDUAL_BLOCK_BACKWARD
 from fastvr.reference.residual_block import residual_block as reference
 from fastvr.testing import check_op
@@ -49,7 +49,7 @@ def inputs(kind, planes, source, stride, dtype, device, *, size=6, batch=3, **op
 
 
 def call(x, branch, shortcut):
-    y, statistics, _ = residual_block(x, branch, shortcut)
+    y, statistics = residual_block(x, branch, shortcut)
     return y, [tuple(pair) for pair in statistics]
 
 
@@ -82,9 +82,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_statistics_and_gradients(shape, dtype, device):
+def test_values_statistics_and_gradients(shape, device):
+    check(inputs(*shape, torch.float32, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", SHAPES[-2:], ids=str)
+def test_16_bits(shape, dtype, device):
     check(inputs(*shape, dtype, device))
 
 
@@ -108,7 +113,9 @@ def test_an_image_that_is_not_channels_last(device):
 NAMES = ["x", *(f"{part}{i}" for i in (1, 2, 3, 4) for part in ("weight", "bn_weight", "bn_bias"))]
 
 
-@pytest.mark.parametrize("asked", [*NAMES, "weight2 bn_bias1", "bn_weight3 bn_weight4", "x weight3"])
+@pytest.mark.parametrize(
+    "asked", ["x", "weight1", "bn_weight1", "weight4", "weight2 bn_bias1", "bn_bias3 bn_bias4"]
+)
 def test_only_what_is_asked_for(asked, device):
     """The same numbers as with all gradients, and no convolution that no one reads."""
     given = flat(**inputs("bottleneck", 8, 24, 2, torch.float32, device))
@@ -182,9 +189,8 @@ def test_the_order_of_programs_does_not_matter(device):
         assert_order_does_not_matter(gradient)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_compiles_and_exports(kind, device):
-    given = inputs(kind, 8, 24, 2, torch.float32, device)
+def test_compiles_and_exports(device):
+    given = inputs("bottleneck", 8, 24, 2, torch.float32, device)
     arguments = flat(**given)
     places = [i for i, t in enumerate(arguments) if isinstance(t, torch.Tensor)]
 
@@ -227,11 +233,11 @@ def test_autocast_casts_the_products_alone(device):
     given = inputs("bottleneck", 8, 24, 1, torch.float32, device)
     given["x"] = given["x"].detach().bfloat16().requires_grad_()
     with triton_forced(), torch.autocast(device.type, torch.bfloat16):
-        y, statistics, pixels = residual_block(**given)
+        y, statistics = residual_block(**given)
     y.backward(torch.randn_like(y))
     assert y.dtype == torch.bfloat16
     assert statistics[0].mean.dtype == torch.float32
-    assert pixels == [108] * 4
+    assert normalised_pixels(**given) == [108] * 4
     assert given["branch"][0].weight.grad.dtype == torch.float32
 
 
