@@ -234,7 +234,7 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "residual_block": trained,
         "residual_block_backward": (
             *(pixels, None, moments.repeat(4), pixels, pixels, t(0), t(0), t(0).to(torch.uint8)),
-            *(*trained, [True] * 16),
+            *(*trained, [isinstance(value, Tensor) for value in trained]),
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),
