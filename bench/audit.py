@@ -35,6 +35,7 @@ _CONVOLUTIONS = (
     "conv_bn_relu_max_pool",
     "bottleneck",
     "bottleneck_chain",
+    "residual_block",
     "patch_embed",
     "patch_embed_stats",
 )
@@ -44,6 +45,9 @@ _NO_PRODUCTS = (
     "layer_norm_backward",
     "batch_norm_act",
     "batch_norm_act_backward",
+    "batch_norm_act_max_pool",
+    "batch_norm_act_max_pool_backward",
+    "residual_block_backward",
     "max_pool",
 )
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -72,7 +76,7 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "kernel", "stride", "head_dim", "planes", "uint8")
+    kind = ("act", "gamma", "residual", "norm", "kernel", "stride", "head_dim", "planes", "uint8")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)

@@ -1,13 +1,12 @@
 """The shapes that are measured, as data: a small list for a CPU and a real one for a GPU, per op.
 
 Real shapes are the layers of ViT-S/B/L (patch 16) and ResNet-50 at 224 px; ``at_batch`` gives any of them
-another batch. ``random_case`` draws from the grid that the project promises to be right on.
+another batch. Random ones are in random_cases.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,8 +44,10 @@ class Case:
         return f"{self.op}[{self.label} b{self['batch']}]"
 
 
-_ATTENTION = ("attention", "attention_training", "attention_backward")
-_ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
+ATTENTION = ("attention", "attention_training", "attention_backward")
+BLOCK = ("layernorm_attention_training", "transformer_block_training")
+MLP = ("layernorm_mlp", "layernorm_mlp_training")
+ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
 
 def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dict[str, list[Case]]:
@@ -68,10 +69,10 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
         ],
-        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in _ATTENTION},
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION},
         **{
             op: [Case.of(op, f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)]
-            for op in _ATTENTION_KV
+            for op in ATTENTION_KV
         },
         "patch_embed": [
             Case.of("patch_embed", name, **image),
@@ -83,7 +84,18 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
-        "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
+        **{op: [Case.of(op, name, **size, dim=dim, hidden=4 * dim)] for op in MLP},
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in BLOCK},
+        "linear_weight_backward": [
+            Case.of("linear_weight_backward", f"{name} {layer}", **size, k=k, n=n, norm=norm)
+            for layer, k, n, norm in (
+                ("qkv", dim, 3 * dim, True),
+                ("proj", dim, dim, False),
+                ("fc1", dim, 4 * dim, True),
+                ("fc2", 4 * dim, dim, False),
+            )
+        ],
+        "linear_act_backward": [Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim)],
     }
 
 
@@ -119,6 +131,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         return forward, backward
 
     convs, duals, blocks = [conv(3, 64, 7, 224, stride=2), conv(3, 64, 7, 224, stride=2, uint8=True)], [], []
+    trained: list[Any] = []
     # each map that a BatchNorm in training takes, by its size and what follows it
     norms, norm_gradients = norm(64, 112)
     channels, size = 64, 56
@@ -144,6 +157,7 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             norms += forward
             norm_gradients += backward
         duals.append(dual(width, channels, wide, inner, stride=stride))
+        trained += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
@@ -152,6 +166,14 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
+        **{
+            op: [Case.of(op, "64 112px", batch=batch, channels=64, height=112, width=112)]
+            for op in ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward")
+        },
+        "residual_block": [block("residual_block", *sizes, **rest) for *sizes, rest in trained],
+        "residual_block_backward": [
+            block("residual_block_backward", *sizes, **rest) for *sizes, rest in trained
+        ],
         "bottleneck": [block("bottleneck", *sizes, **rest) for *sizes, rest in blocks],
         "bottleneck_chain": [
             block("bottleneck_chain", *sizes, **rest, following=sizes[0]) for *sizes, rest in blocks
@@ -197,10 +219,10 @@ SMALL: dict[str, list[Case]] = {
     ],
     "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
     "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
-    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in _ATTENTION},
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in ATTENTION},
     **{
         op: [Case.of(op, "class token", batch=2, tokens=50, queries=1, heads=3, head_dim=64)]
-        for op in _ATTENTION_KV
+        for op in ATTENTION_KV
     },
     "patch_embed": [
         Case.of("patch_embed", "ViT-Ti", batch=2, channels=3, height=112, width=112, patch=16, dim=192)
@@ -213,7 +235,12 @@ SMALL: dict[str, list[Case]] = {
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layer_norm_backward": [Case.of("layer_norm_backward", "ViT-Ti", batch=2, tokens=50, dim=192)],
-    "layernorm_mlp": [Case.of("layernorm_mlp", "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)],
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)] for op in MLP},
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in BLOCK},
+    "linear_weight_backward": [
+        Case.of("linear_weight_backward", "qkv", batch=2, tokens=50, k=192, n=576, norm=True)
+    ],
+    "linear_act_backward": [Case.of("linear_act_backward", "fc2", batch=2, tokens=50, k=768, n=192)],
     "conv_bn_relu": [
         Case.of(
             "conv_bn_relu", "3x3 +res", batch=2, channels=64, out=64, kernel=3, stride=1, padding=1,
@@ -235,6 +262,21 @@ SMALL: dict[str, list[Case]] = {
     ],
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
+    ],
+    **{
+        op: [Case.of(op, "stem", batch=2, channels=16, height=14, width=14)]
+        for op in ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward")
+    },
+    "residual_block": [
+        Case.of(
+            "residual_block", "+res", batch=2, planes=16, out=64, stride=1, residual=True, height=7, width=7,
+        ),
+    ],
+    "residual_block_backward": [
+        Case.of(
+            "residual_block_backward", "+res", batch=2, planes=16, out=64, stride=1, residual=True,
+            height=7, width=7,
+        ),
     ],
     "bottleneck": [
         Case.of(
@@ -267,130 +309,3 @@ def ops(dtype: str) -> tuple[str, ...]:
 
 def cases(op: str, *, real: bool) -> list[Case]:
     return (REAL if real else SMALL)[op]
-
-
-# What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
-# is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
-_Kinds = dict[str, list[dict[str, Any]]]
-_HEADS: list[dict[str, Any]] = [
-    {"heads": heads, "head_dim": dim}
-    for heads, dim in ((3, 64), (12, 64), (2, 32), (3, 40), (2, 72), (2, 80), (1, 96), (2, 128))
-]
-_HEADS_KV: list[dict[str, Any]] = [
-    {"heads": heads, "head_dim": dim, "queries": queries}
-    for heads, dim, queries in ((12, 64, 1), (2, 80, 1), (3, 32, 2), (2, 128, 70))
-]
-_KINDS: _Kinds = {
-    "linear": [
-        {"act": "none"},
-        {"act": "gelu", "gamma": True, "residual": True},
-        {"act": "relu", "bias": False, "residual": True},
-        {"act": "gelu_tanh"},
-    ],
-    "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
-    "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
-    **dict.fromkeys(_ATTENTION, _HEADS),
-    **dict.fromkeys(_ATTENTION_KV, _HEADS_KV),
-    "patch_embed": [
-        {"channels": 3, "patch": 16},
-        {"channels": 3, "patch": 14, "prefix": 5},
-        {"channels": 1, "patch": 16, "prefix": 0, "bias": False, "pos": False},
-        {"channels": 4, "patch": 8, "prefix": 0},
-        {"channels": 3, "patch": 16, "uint8": True},
-    ],
-    "patch_embed_stats": [
-        {"channels": 3, "patch": 16},
-        {"channels": 3, "patch": 14, "prefix": 5, "uint8": True, "channels_last": True},
-    ],
-    "layer_norm": [{}],
-    "layer_norm_backward": [{}],
-    "layernorm_mlp": [
-        {"act": "gelu", "gamma": True},
-        {"act": "relu", "residual": False},
-        {"act": "gelu_tanh"},
-    ],
-    "conv_bn_relu": [
-        {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
-        for c, o, k, s, p, rest in (
-            (3, 64, 7, 2, 3, {}),
-            (3, 64, 7, 2, 3, {"uint8": True}),
-            (64, 64, 3, 1, 1, {"residual": True}),
-            (64, 31, 3, 2, 1, {"act": "none", "norm": "scale"}),
-            (64, 128, 3, 1, 0, {"groups": 32}),
-            (64, 128, 1, 2, 0, {"act": "none"}),
-            (128, 64, 1, 1, 0, {"residual": True, "norm": "scale"}),
-            (31, 64, 1, 1, 1, {"norm": "scale"}),
-            (1, 31, 7, 1, 3, {"residual": True}),
-        )
-    ],
-    "dual_conv_bn_relu": [
-        {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
-        for c, c2, o, s, rest in (
-            (64, 256, 128, 2, {}),
-            (64, 64, 256, 1, {}),
-            (31, 64, 96, 3, {"act": "none"}),
-            (128, 1, 31, 1, {}),
-        )
-    ],
-    "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
-    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
-    "bottleneck": [
-        {"planes": 64, "out": 256, "stride": 1, "residual": True},
-        {"planes": 64, "out": 64, "stride": 2, "source": 64},
-        {"planes": 16, "out": 192, "stride": 1},
-        {"planes": 128, "out": 128, "stride": 2, "source": 256},
-    ],
-    "bottleneck_chain": [
-        {"planes": 64, "out": 256, "stride": 1, "residual": True, "following": 128},
-        {"planes": 32, "out": 64, "stride": 2, "source": 64, "following": 32},
-        {"planes": 128, "out": 128, "stride": 1, "following": 128},
-    ],
-    "conv_bn_relu_max_pool": [
-        {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3},
-        {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3, "uint8": True},
-        {"channels": 1, "out": 31, "kernel": 3, "stride": 1, "padding": 1},
-    ],
-    "max_pool": [{}],
-    "avg_pool_linear": [{}, {"bias": False}],
-}  # fmt: skip
-_BIG_CONVOLUTIONS = [
-    {"channels": 512, "out": 2048, "kernel": 1, "stride": 1, "padding": 0, "residual": True},
-    {"channels": 2048, "out": 512, "kernel": 1, "stride": 1, "padding": 0},
-    {"channels": 512, "out": 512, "kernel": 3, "stride": 1, "padding": 1},
-]
-
-
-def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
-    """A case of ``op`` from the promised grid; ``small`` keeps it fit for the interpreter."""
-
-    def pick(*values: Any, large: tuple[Any, ...] = ()) -> Any:
-        return rng.choice(values if small else values + large)
-
-    if op not in _KINDS:
-        raise ValueError(f"no random shapes are known for the op {op!r}")
-    extra = _BIG_CONVOLUTIONS if op == "conv_bn_relu" and not small else []
-    drawn = {"batch": pick(1, 2, 3, large=(7, 33))} | rng.choice(_KINDS[op] + extra)
-    tokens = pick(1, 5, 17, 50, large=(49, 196, 197, 201, 257, 577, 1025, 1370))
-    width = pick(1, 31, 96, 192, large=(384, 768, 1023, 1280, 1500))
-    if op in ("linear", "linear_stats", "norm_linear"):
-        drawn |= {"tokens": pick(None, tokens), "k": width, "n": pick(1, 31, 192, 257, large=(1500,))}
-    elif op in _ATTENTION + _ATTENTION_KV:
-        drawn |= {"tokens": tokens}
-    elif op in ("patch_embed", "patch_embed_stats"):
-        rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
-        drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
-    elif op in ("layer_norm", "layer_norm_backward"):
-        drawn |= {"tokens": tokens, "dim": width}
-    elif op == "layernorm_mlp":
-        drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}
-    elif "conv_bn_relu" in op or "bottleneck" in op:
-        drawn |= {"height": pick(7, 14, large=(31, 56)), "width": pick(7, 14, large=(28,))}
-    elif op.startswith("batch_norm_act"):
-        drawn |= {"channels": pick(1, 31, 64, 130, large=(512, 2048))}
-        drawn |= {"height": pick(7, 14, 31), "width": pick(7, 14, large=(56,))}
-    elif op == "max_pool":
-        drawn |= {"channels": pick(1, 31, 64), "height": pick(7, 14, 31), "width": pick(7, 14, 56)}
-    else:
-        drawn |= {"channels": pick(1, 31, 512, large=(2048,)), "height": pick(1, 7, 14), "width": pick(1, 7)}
-        drawn |= {"n": pick(1, 10, 1000)}
-    return Case.of(op, f"random {rng.randrange(10**6):06d}", **drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fastvr import backend
 from fastvr.ops._op import OPS
 from fastvr.reference.attention import attention_kv_training, attention_training
+from fastvr.reference.layer_norm import row_moments
 from fastvr.reference.linear_stats import row_stats
 from fastvr.tuner.calls import SchemaCalls, on_meta
 from fastvr.tuner.gate import absolute_floor as _absolute_floor
@@ -22,6 +24,11 @@ _MODULES = {
     "attention_kv": "attention",
     "attention_training": "attention",
     "attention_kv_training": "attention",
+    "layernorm_mlp_training": "layernorm_mlp",
+    "layernorm_attention_training": "layernorm_attention",
+    "transformer_block_training": "transformer_block",
+    "linear_weight_backward": "linear_backward",
+    "linear_act_backward": "linear_act_backward",
     "bottleneck_chain": "bottleneck",
     "max_pool": "pool",
     "avg_pool_linear": "pool",
@@ -30,8 +37,7 @@ _MODULES = {
 
 def module(op: str) -> str:
     """The file that an op shares with others of its kind."""
-    op = op.removesuffix("_backward")
-    return _MODULES.get(op, op)
+    return _MODULES.get(op) or _MODULES.get(op.removesuffix("_backward"), op.removesuffix("_backward"))
 
 
 def public(op: str) -> Callable[..., Tensor]:
@@ -176,8 +182,14 @@ def _layer_norm(case: Case, make: _Maker) -> dict[str, Any]:
 def _layer_norm_backward(case: Case, make: _Maker) -> dict[str, Any]:
     given = _layer_norm(case, make)
     del given["bias"]
-    grad = make.normal(*given["x"].shape)
-    return given | {"grad": grad, "eps": 1e-6, "needs_x": True, "needs_parameters": True}
+    grad, residual = (make.normal(*given["x"].shape) for _ in range(2))
+    return given | {
+        "grad": grad,
+        "residual": residual,
+        "eps": 1e-6,
+        "needs_x": True,
+        "needs_parameters": True,
+    }
 
 
 def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
@@ -193,6 +205,68 @@ def _layernorm_mlp(case: Case, make: _Maker) -> dict[str, Any]:
         "act": case.get("act", "gelu"),
         "gamma": make.normal(dim) if case.get("gamma") else None,
         "residual": make.normal(*_rows(case), dim) if case.get("residual", True) else None,
+    }
+
+
+def _layernorm_mlp_training(case: Case, make: _Maker) -> dict[str, Any]:
+    return _layernorm_mlp(case, make) | {"eps": 1e-6}
+
+
+def _layernorm_attention_training(case: Case, make: _Maker) -> dict[str, Any]:
+    heads, width = case["heads"], case["heads"] * case["head_dim"]
+    return {
+        "x": make.normal(*_rows(case), width),
+        "ln_weight": make.normal(width, scale=0.5, shift=1.0),
+        "ln_bias": make.normal(width),
+        "qkv_weight": make.normal(3 * width, width, scale=width**-0.5),
+        "qkv_bias": make.normal(3 * width),
+        "proj_weight": make.normal(width, width, scale=width**-0.5),
+        "proj_bias": make.normal(width),
+        "gamma": None,
+        "residual": make.normal(*_rows(case), width),
+        "num_heads": heads,
+        "scale": case["head_dim"] ** -0.5,
+        "eps": 1e-6,
+    }
+
+
+def _transformer_block_training(case: Case, make: _Maker) -> dict[str, Any]:
+    width = case["heads"] * case["head_dim"]
+    attention = _layernorm_attention_training(case, make)
+    sizes = tuple((dict(case.sizes) | {"dim": width, "hidden": 4 * width}).items())
+    mlp = _layernorm_mlp(dataclasses.replace(case, sizes=sizes), make)
+    halves = {f"attn_{name}": value for name, value in attention.items()}
+    halves |= {f"mlp_{name}": value for name, value in mlp.items()}
+    return halves | {
+        "x": attention["x"].to(torch.promote_types(make.dtype, torch.float32)),
+        "num_heads": attention["num_heads"],
+        "scale": attention["scale"],
+        "mlp_eps": 1e-6,
+        "act": "gelu",
+    }
+
+
+def _linear_weight_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    k, norm = case["k"], case["norm"]
+    x = make.normal(*_rows(case), k).flatten(0, -2)
+    return {
+        "grad": make.normal(*_rows(case), case["n"]).flatten(0, -2),
+        "x": x,
+        "ln_weight": make.normal(k, scale=0.5, shift=1.0) if norm else None,
+        "ln_bias": make.normal(k) if norm else None,
+        "moments": row_moments(x, 1e-6) if norm else None,
+        "needs_bias": case.get("bias", True),
+        "out_dtype": None,
+    }
+
+
+def _linear_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    return {
+        "grad": make.normal(*_rows(case), case["n"]).flatten(0, -2),
+        "weight": make.normal(case["n"], case["k"], scale=case["n"] ** -0.5),
+        "hidden": make.normal(*_rows(case), case["k"]).flatten(0, -2),
+        "act": case.get("act", "gelu"),
+        "needs_activated": True,
     }
 
 
@@ -242,10 +316,11 @@ def _batch_norm_act_backward(case: Case, make: _Maker) -> dict[str, Any]:
         "grad": make.image(*x.shape),
         "x": x,
         # half of it below 0, as what went into the activation
-        "y": make.image(*x.shape) if given["act"] == "relu" else None,
+        "y": make.image(*x.shape) if given["act"] == "relu" and case.get("residual") else None,
         "mean": make.normal(channels, scale=0.1, like=torch.float32),
         "var": make.normal(channels, scale=0.1, like=torch.float32).abs() + 0.9,
         "weight": given["weight"],
+        "bias": given["bias"] if given["act"] == "relu" and not case.get("residual") else None,
         "eps": given["eps"],
         "needs_x": True,
         "needs_parameters": True,
@@ -315,6 +390,58 @@ def _bottleneck(case: Case, make: _Maker) -> dict[str, Any]:
     return arguments
 
 
+def _batch_norm_act_max_pool(case: Case, make: _Maker) -> dict[str, Any]:
+    x, weight, bias, eps, *_ = _batch_norm_act(case, make).values()
+    pool = {"kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1]}
+    return {"x": x, "weight": weight, "bias": bias, "eps": eps, **pool}
+
+
+def _batch_norm_act_max_pool_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.reference.batch_norm_act_max_pool import batch_norm_act_max_pool
+
+    given = _batch_norm_act_max_pool(case, make)
+    y, mean, var, taps = batch_norm_act_max_pool(**given)
+    grad = make.image(*y.shape)
+    return given | {"grad": grad, "mean": mean, "var": var, "taps": taps, "needs_x": True}
+
+
+def _residual_block(case: Case, make: _Maker) -> dict[str, Any]:
+    from fastvr.ops.residual_block import Layer
+
+    planes, out, stride, source = case["planes"], case["out"], case["stride"], case.get("source")
+
+    def layer(o: int, c: int, k: int, stride: int = 1) -> Layer:
+        weight = make.normal(o, c, k, k, scale=(2 / (k * k * c)) ** 0.5)
+        scale, shift = make.normal(o, scale=0.5, shift=1.0), make.normal(o)
+        weight = weight.to(memory_format=torch.channels_last)
+        return Layer(weight, scale, shift, 1e-5, stride, k // 2)
+
+    channels = source or out
+    return {
+        "x": make.image(case["batch"], channels, case["height"] * stride, case["width"] * stride),
+        "branch": [layer(planes, channels, 1), layer(planes, planes, 3, stride), layer(out, planes, 1)],
+        "shortcut": layer(out, channels, 1, stride) if source else None,
+    }
+
+
+def _residual_block_backward(case: Case, make: _Maker) -> dict[str, Any]:
+    """The arguments of the operator, its results those of the reference."""
+    from fastvr.ops._residual import Arguments, flat
+    from fastvr.ops.residual_block import RESIDUAL_BLOCK
+
+    forward = flat(**_residual_block(case, make))
+    y, statistics, *maps, signs = RESIDUAL_BLOCK.reference(*forward)
+    return {
+        "grad": make.image(*y.shape),
+        "y": None if signs.numel() else y,
+        "statistics": statistics,
+        **{f"map{i}": m for i, m in enumerate(maps, 1)},
+        "signs": signs,
+        **forward._asdict(),
+        "needs": [isinstance(getattr(forward, name), Tensor) for name in Arguments._fields],
+    }
+
+
 def _max_pool(case: Case, make: _Maker) -> dict[str, Any]:
     x = make.image(case["batch"], case["channels"], case["height"], case["width"])
     return {"x": x, "kernel_size": 3, "stride": 2, "padding": 1}
@@ -344,6 +471,11 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
     "layernorm_mlp": _layernorm_mlp,
+    "layernorm_mlp_training": _layernorm_mlp_training,
+    "layernorm_attention_training": _layernorm_attention_training,
+    "transformer_block_training": _transformer_block_training,
+    "linear_weight_backward": _linear_weight_backward,
+    "linear_act_backward": _linear_act_backward,
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
     "bottleneck": _bottleneck,
@@ -351,6 +483,10 @@ _BUILDERS: dict[str, Callable[[Case, _Maker], dict[str, Any]]] = {
     "conv_bn_relu_max_pool": _conv_bn_relu_max_pool,
     "batch_norm_act": _batch_norm_act,
     "batch_norm_act_backward": _batch_norm_act_backward,
+    "batch_norm_act_max_pool": _batch_norm_act_max_pool,
+    "batch_norm_act_max_pool_backward": _batch_norm_act_max_pool_backward,
+    "residual_block": _residual_block,
+    "residual_block_backward": _residual_block_backward,
     "max_pool": _max_pool,
     "avg_pool_linear": _avg_pool_linear,
 }

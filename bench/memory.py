@@ -2,9 +2,10 @@
 
     python bench/memory.py [--batch 64] [--arch sm_90] [--json FILE | --json -]
 
-Counted with saved-tensor hooks on meta tensors: every storage that autograd keeps, once, parameters and
-buffers apart. "eager" is timm's and torchvision's model where they are installed, attention keeping what
-FlashAttention keeps; "fastvr" runs every op on its Triton kernel.
+Counted with saved-tensor hooks on tensors without data, in bfloat16 and in float32 under autocast to it:
+every storage that autograd keeps, once, parameters and buffers apart. "eager" is timm's and torchvision's
+model where they are installed, attention keeping what FlashAttention keeps; "fastvr" runs every op on its
+Triton kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -30,7 +32,7 @@ from fastvr.compare.traffic import FlashAttention  # noqa: E402
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What ``model(x)``, all of it on meta, keeps for backward, in whatever backend is in force."""
+    """What ``model(x)``, all of it without data, keeps for backward, in whatever backend is in force."""
     apart = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     # storages are kept, so that no address is used twice
     kept: dict[int, Any] = {}
@@ -49,24 +51,32 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def counts(batch: int, arch: str = "sm_90") -> dict[str, dict[str, int]]:
-    """The JSON's content."""
+    """The JSON's content: a model in bfloat16 under its name, in float32 under autocast with " autocast"."""
+    meta, found = torch.device("meta"), {}
+    for name in cases.MODELS:
+        pair = models.build(name, torch.bfloat16, meta)
+        found[name] = _counted(pair.eager, pair.ours, pair.example(batch, torch.bfloat16, meta), arch)
+        pair = models.build(name, torch.float32, meta)
+        # meta tensors have no autocast, those of a pretended CPU do
+        cpu = torch.device("cpu")
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
+            eager, ours = pair.eager.to_empty(device=cpu), pair.ours.to_empty(device=cpu)
+            x = torch.empty_like(pair.example(batch, torch.float32, meta), device=cpu)
+            found[f"{name} autocast"] = _counted(eager, ours, x, arch)
+    return found
+
+
+def _counted(eager: nn.Module, ours: nn.Module, x: Tensor, arch: str) -> dict[str, int]:
     from fastvr.kernels.common import record_launches
 
-    meta, dtype = torch.device("meta"), torch.bfloat16
-    found = {}
-    for name in cases.MODELS:
-        pair = models.build(name, dtype, meta)
-        x = pair.example(batch, dtype, meta)
-        eager, ours = pair.eager.train(), pair.ours.train()
-        with backend.use_backend("reference"):
-            found[name] = {"eager": saved_bytes(eager, x)}
-        with (
-            backend.use_backend("triton"),
-            backend.assume_architecture(arch),
-            record_launches(lambda *launch: None),
-        ):
-            found[name]["fastvr"] = saved_bytes(ours, x)
-    return found
+    with backend.use_backend("reference"):
+        theirs = saved_bytes(eager.train(), x)
+    with (
+        backend.use_backend("triton"),
+        backend.assume_architecture(arch),
+        record_launches(lambda *launch: None),
+    ):
+        return {"eager": theirs, "fastvr": saved_bytes(ours.train(), x)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,10 +94,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found, indent=1))
         return 0
     print(f"kept for backward at batch {args.batch}, 224 px, bfloat16 ({args.arch})")
-    print(f"{'':12}{'eager GB':>10}{'fastvr GB':>11}{'ratio':>8}")
+    print(f"{'':20}{'eager GB':>10}{'fastvr GB':>11}{'ratio':>8}")
     for name, row in found.items():
         ratio = row["fastvr"] / row["eager"]
-        print(f"{name:12}{row['eager'] / 1e9:>10.2f}{row['fastvr'] / 1e9:>11.2f}{ratio:>8.3f}")
+        print(f"{name:20}{row['eager'] / 1e9:>10.2f}{row['fastvr'] / 1e9:>11.2f}{ratio:>8.3f}")
     if args.json:
         record.save_json(Path(args.json), found)
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 import cases
 import record
 import torch
+from random_cases import random_case
 
 from fastvr import backend
 from fastvr.tuner.sweep import describe
@@ -66,4 +67,4 @@ class Session:
 def samples(op: str, count: int, *, small: bool, seed: int) -> list[cases.Case]:
     """Seeded random cases of ``op``."""
     rng = random.Random(f"{op} {seed}")
-    return [cases.random_case(op, rng, small=small) for _ in range(count)]
+    return [random_case(op, rng, small=small) for _ in range(count)]

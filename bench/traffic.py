@@ -1,10 +1,11 @@
 """Kernel launches and HBM bytes of one bfloat16 forward pass of ViT-B/16 and ResNet-50, without a GPU.
 
-    python bench/traffic.py [--batch 64] [--arch sm_90] [--json FILE | --json -]
+    python bench/traffic.py [--batch 64] [--arch sm_90] [--train] [--by-op] [--json FILE | --json -]
 
 Bytes are those of the tensors handed to each launch, read and written; every fill, copy and cast counts.
 "eager" is timm's and torchvision's model where they are installed, "fastvr" a plain call, "prepared" one of
-``fastvr.prepare``'s.
+``fastvr.prepare``'s. With --train it is one training step, forward and backward without loss and optimiser,
+and its FLOPs, also those of what backward computes again.
 """
 
 from __future__ import annotations
@@ -31,24 +32,31 @@ COLUMNS = ("eager", "fastvr", "prepared")
 Counts = dict[str, dict[str, dict[str, int]]]
 
 
-def counts(batch: int, arch: str = "sm_90") -> tuple[Counts, dict[str, dict[str, Traffic]]]:
+def counts(
+    batch: int, arch: str = "sm_90", train: bool = False
+) -> tuple[Counts, dict[str, dict[str, Traffic]]]:
     """The JSON's content, and the same with every op's share."""
     meta, dtype = torch.device("meta"), torch.bfloat16
     taken: dict[str, dict[str, Traffic]] = {}
     for name in cases.MODELS:
         pair = models.build(name, dtype, meta)
         x = pair.example(batch, dtype, meta)
-        taken[name] = {"eager": eager_traffic(pair.eager, x)}
-        # as where the kernels were measured to be the fastest
-        with backend.use_backend("triton"), backend.assume_architecture(arch):
-            prepared = fastvr.prepare(pair.ours, x)
-        for column, model in (("fastvr", pair.ours), ("prepared", prepared)):
-            traffic = count(model, x, arch=arch)
+        taken[name] = {"eager": eager_traffic(pair.eager, x, train=train)}
+        ours = {"fastvr": pair.ours}
+        if not train:
+            # as where the kernels were measured to be the fastest
+            with backend.use_backend("triton"), backend.assume_architecture(arch):
+                ours["prepared"] = fastvr.prepare(pair.ours, x)
+        for column, model in ours.items():
+            traffic = count(model, x, arch=arch, train=train)
             if traffic is None:
                 raise SystemExit("Triton is not installed: the launches are in the kernels' own code")
             taken[name][column] = traffic
     short = {
-        name: {column: {"launches": t.launches, "bytes": t.bytes} for column, t in columns.items()}
+        name: {
+            column: {"launches": t.launches, "bytes": t.bytes} | ({"flops": t.flops} if train else {})
+            for column, t in columns.items()
+        }
         for name, columns in taken.items()
     }
     return short, taken
@@ -61,22 +69,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", metavar="FILE", help="write JSON there; - is standard output, without table"
     )
+    parser.add_argument("--train", action="store_true", help="a training step, with its FLOPs")
     parser.add_argument("--by-op", action="store_true", help="also what each op takes")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch must be at least 1; got {args.batch}")
-    short, taken = counts(args.batch, args.arch)
+    short, taken = counts(args.batch, args.arch, args.train)
     if args.json == "-":
         print(json.dumps(short, indent=1))
         return 0
-    print(f"one bfloat16 forward pass at batch {args.batch}, 224 px ({args.arch})")
-    print(f"{'':12}{'':10}{'launches':>10}{'GB':>10}{'MB/image':>10}")
+    what = "training step" if args.train else "forward pass"
+    print(f"one bfloat16 {what} at batch {args.batch}, 224 px ({args.arch})")
+    heads = ["launches", "GB", "MB/image", *(["GFLOP/image"] if args.train else [])]
+    print(f"{'':22}" + "".join(f"{head:>12}" for head in heads))
     for name, columns in taken.items():
         for column, traffic in columns.items():
-            print(
-                f"{name:12}{column:10}{traffic.launches:>10}{traffic.bytes / 1e9:>10.2f}"
-                f"{traffic.bytes / 1e6 / args.batch:>10.1f}"
-            )
+            line = f"{name:12}{column:10}{traffic.launches:>12}{traffic.bytes / 1e9:>12.2f}"
+            line += f"{traffic.bytes / 1e6 / args.batch:>12.1f}"
+            print(line + (f"{traffic.flops / 1e9 / args.batch:>12.2f}" if args.train else ""))
             if args.by_op:
                 for op, (launches, size) in sorted(traffic.by_op.items(), key=lambda item: -item[1][1]):
                     print(f"    {op:45}{launches:>8}{size / 1e9:>9.2f}")

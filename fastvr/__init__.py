@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from fastvr import ops
+from fastvr.accelerate import accelerate, restore
 from fastvr.backend import BackendError, current_backend, use_backend
-from fastvr.models.registry import create_model, list_models
+from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from fastvr.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
 from fastvr.prepare import PreparedModel, prepare
+from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
+from fastvr.weights.hub import create_model
 from fastvr.weights.load import load_checkpoint
+from fastvr.weights.save import save_model
 
 __all__ = [
     "BackendError",
@@ -23,12 +27,16 @@ __all__ = [
     "ResNet152",
     "ViT",
     "__version__",
+    "accelerate",
     "create_model",
     "current_backend",
     "list_models",
     "load_checkpoint",
+    "load_model",
     "ops",
     "prepare",
+    "restore",
+    "save_model",
     "use_backend",
     "vit_base",
     "vit_huge",

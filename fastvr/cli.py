@@ -159,7 +159,7 @@ def tune(
     from fastvr.compare import UsageError
     from fastvr.compare.progress import Reporter
     from fastvr.compare.settings import DTYPES, check_writable, write_json
-    from fastvr.models.registry import create_model, list_models
+    from fastvr.models.registry import find
 
     batches = _batches(batch)
     if dtype not in DTYPES:
@@ -168,8 +168,7 @@ def tune(
         _fail(f"--budget must be more than 0 seconds; got {budget}")
     try:
         check_writable(json)
-        if model not in list_models():
-            create_model(model)  # says which there are
+        find(model)
     except (UsageError, ValueError) as error:
         _fail(str(error).replace("create_model: name", "MODEL"))
     _check_tunable(dry_run)
@@ -367,6 +366,73 @@ def train(
             f"({ended.epochs} epochs), {ended.seconds:.0f} s\n"
             f"{out}: {', '.join(LEAVES)}"
         )
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint: a file or a folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .safetensors or .pt file, or a folder.")],
+    to: Annotated[str, typer.Option(help="timm, torchvision or transformers.")],
+    num_classes: Annotated[
+        int | None, typer.Option(help="With a new head, untrained; 0 takes the head off.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="With the positions resampled.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+    norm_eps: Annotated[
+        float | None, typer.Option(help="Another eps of the LayerNorms: another function, by that much.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in another library's layout, with its configuration and preprocessing.
+
+    IN may be of timm, torchvision, transformers, or a ViT around a plain nn.TransformerEncoder.
+    """
+    from fastvr.weights.build import load_model
+    from fastvr.weights.save import save_model
+
+    overrides = {"num_heads": num_heads, "norm_eps": norm_eps}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        model = load_model(source, num_classes=num_classes, img_size=image_size, **given)
+        written = save_model(model, target, to)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error).replace("save_model: ", "").replace("load_model: ", ""))
+    typer.echo(f"Written to {written}", err=True)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file or a folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(metavar="N", help="Random images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the images.")] = 0,
+    num_heads: Annotated[int | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+) -> None:
+    """Load CHECKPOINT in its own library and here: the error of each against float64.
+
+    Exit status 1 where fastvr's breaks the parity rule.
+    """
+    from fastvr import verify as module
+    from fastvr.compare.settings import DTYPES
+
+    if dtype not in DTYPES:
+        _fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if batch < 1:
+        _fail(f"--batch must be at least 1; got {batch}")
+    try:
+        found = module.verify(checkpoint, dtype=DTYPES[dtype], batch=batch, seed=seed, num_heads=num_heads)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in (f"{dtype}, {batch} images", "max error", "RMS error"):
+        table.add_column(heading, justify="left" if heading.startswith(dtype) else "right")
+    for name, report in ((found.library, found.theirs), ("fastvr", found.ours)):
+        table.add_row(name, f"{report.max_error:.3g}", f"{report.rms_error:.3g}")
+    table.add_row("allowed", f"{found.ours.max_bound:.3g}", f"{found.ours.rms_bound:.3g}")
+    console = _console()
+    console.print(Text(f"{checkpoint}: {type(found.model).__name__} in the layout of {found.layout}\n"))
+    console.print(table)
+    console.print(Text(f"\nAgainst float64: {found.ours.verdict}."))
+    raise typer.Exit(0 if found.ours.passed else 1)
 
 
 @app.command()

@@ -184,12 +184,14 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
     mlp = (t(4 * d, d), t(4 * d), t(d, 4 * d), t(d))
     windows = t(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     conv2, conv3 = (pixels, windows, *norm, 1e-5), (t(64, 64, 1, 1), *norm, 1e-5)
+    pool, taps = ([3, 3], [2, 2], [1, 1]), pixels[..., :28, :28].to(torch.uint8)
+    trained = (pixels, *(windows, t(64), t(64)) * 2, *[None] * 6, [1e-5] * 4, [1] * 4, [1] * 4)
     block = (*conv2, *conv3, [1, 1], pixels, *[None] * 6, 1e-5, [1, 1])
     return {
         "patch_embed": patches,
         "patch_embed_stats": patches,
         "layer_norm": (tokens, t(d), t(d), 1e-6, None),
-        "layer_norm_backward": (tokens, tokens, t(d), 1e-6, True, True),
+        "layer_norm_backward": (tokens, tokens, t(d), tokens, 1e-6, True, True),
         "linear": (tokens, t(3 * d, d), t(3 * d), None, None, "none"),
         "linear_stats": (tokens, t(d, d), t(d), None, tokens, "none"),
         "norm_linear": (tokens, stats, t(d, d), torch.empty(d, device=device), t(d), 1e-6, "none"),
@@ -203,6 +205,17 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
             *(*class_token[2:], True, True),
         ),
         "layernorm_mlp": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
+        "layernorm_mlp_training": (tokens, t(d), t(d), *mlp, None, tokens, 1e-6, "gelu"),
+        "layernorm_attention_training": (
+            *(tokens, t(d), t(d), t(3 * d, d), t(3 * d), t(d, d), t(d), None, tokens),
+            *(12, 0.125, 1e-6),
+        ),
+        "transformer_block_training": (
+            *(tokens, t(d), t(d), t(3 * d, d), t(3 * d), t(d, d), t(d), None, t(d), t(d), *mlp, None),
+            *(12, 0.125, 1e-6, 1e-6, "gelu"),
+        ),
+        "linear_weight_backward": (t(8 * 197, d), t(8 * 197, d), None, None, None, True, None),
+        "linear_act_backward": (t(8 * 197, d), t(d, 4 * d), t(8 * 197, 4 * d), "gelu", True),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
         "dual_conv_bn_relu": (
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
@@ -210,8 +223,18 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         ),
         "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu"),
         "batch_norm_act_backward": (
-            *(pixels, pixels, pixels, moments, moments, t(64), 1e-5),
+            *(pixels, pixels, pixels, moments, moments, t(64), None, 1e-5),
             *(True, True, True),
+        ),
+        "batch_norm_act_max_pool": (pixels, t(64), t(64), 1e-5, *pool),
+        "batch_norm_act_max_pool_backward": (
+            *(pixels[..., :28, :28], pixels, t(64), t(64), moments, moments, taps, 1e-5),
+            *(*pool, True),
+        ),
+        "residual_block": trained,
+        "residual_block_backward": (
+            *(pixels, None, moments.repeat(4), pixels, pixels, t(0), t(0), t(0).to(torch.uint8)),
+            *(*trained, [True] * 16),
         ),
         "bottleneck": block,
         "bottleneck_chain": (*block, *conv3),

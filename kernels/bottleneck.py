@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, dot_precision, launch, relu
+from fastvr.kernels.activations import relu
+from fastvr.kernels.common import ceil_div, dot_precision, launch
 from fastvr.kernels.conv_bn_relu import _batch_norm, _pixels, _window_offsets, pixel_rows
 from fastvr.kernels.dual_conv_bn_relu import _product
 

@@ -1,4 +1,4 @@
-"""What the kernels share: how one is launched, activations, the order of tiles, dot precision."""
+"""What the kernels share: how one is launched, the order of tiles, sums of parts, dot precision."""
 
 from __future__ import annotations
 
@@ -189,77 +189,3 @@ def normalize(x, mean, std):
     """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element."""
     scale = 1.0 / std.to(tl.float32)
     return x.to(tl.float32) * (scale * (1.0 / 255.0)) - mean.to(tl.float32) * scale
-
-
-@triton.jit
-def relu(x):
-    # tl.maximum drops NaN on a GPU
-    return tl.where(x < 0, 0.0, x)
-
-
-@triton.jit
-def _clamp_unit(x):
-    return tl.minimum(
-        tl.maximum(x, -1.0, propagate_nan=tl.PropagateNan.ALL), 1.0, propagate_nan=tl.PropagateNan.ALL
-    )
-
-
-@triton.jit
-def gelu_erf(x):
-    """Exact GELU, 0.5 x (1 + erf(x / sqrt 2)), for float32 results."""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_bfloat16(x):
-    """Exact GELU to within 5.3e-5, for bfloat16 results: erf(x / sqrt 2) as an odd polynomial of 9 terms.
-
-    A minimax fit (linear programming, error weighted as GELU's on [-4.4, 4.4]) that stays above 1 beyond
-    the interval, so that clamping the *result* is right for every x; clamping x would leave GELU(-1000) at
-    -0.05. 13 instructions where ``tl.erf`` takes 34.
-    """
-    t = x * x
-    p = 7.887316494370467e-11 * t - 8.176245458457743e-09
-    p = p * t + 3.731283300112409e-07
-    p = p * t - 9.955228051694576e-06
-    p = p * t + 0.00017459339869674295
-    p = p * t - 0.0021522785536944866
-    p = p * t + 0.019454926252365112
-    p = p * t - 0.13249237835407257
-    p = p * t + 0.7977744340896606
-    return 0.5 * x * (1.0 + _clamp_unit(x * p))
-
-
-@triton.jit
-def gelu_float16(x):
-    """Exact GELU to within 1e-7 of erf, for float16 results: Abramowitz and Stegun, 7.1.26."""
-    z = tl.abs(x) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * z)
-    p = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    # 1 - erf(|x| / sqrt 2), which keeps its digits in the tail where 1 + erf cancels
-    tail = p * tl.exp2(-1.4426950408889634 * z * z)
-    return 0.5 * x * tl.where(x < 0, tail, 2.0 - tail)
-
-
-@triton.jit
-def gelu_tanh(x):
-    """GELU's tanh form, another function (up to 4.7e-4 off): x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
-    z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp2(-1.4426950408889634 * z))
-
-
-@triton.jit
-def activate(x, ACT: tl.constexpr, dtype: tl.constexpr):
-    """``ACT`` ("none", "relu", "gelu", "gelu_tanh") of float32 ``x``, as exact as ``dtype`` can show."""
-    if ACT == "relu":
-        x = relu(x)
-    elif ACT == "gelu":
-        if dtype == tl.bfloat16:
-            x = gelu_bfloat16(x)
-        elif dtype == tl.float16:
-            x = gelu_float16(x)
-        else:
-            x = gelu_erf(x)
-    elif ACT == "gelu_tanh":
-        x = gelu_tanh(x)
-    return x

@@ -5,6 +5,9 @@ the window's taps and, innermost, the group's input channels, as in channels_las
 accumulated in float32. BatchNorm is applied to that accumulator from its four vectors as they are,
 scale = bn_weight * rsqrt(running_var + eps), shift = bn_bias - running_mean * scale: folded into 16-bit
 weights it would cost a rounding of each (RMS error 0.85 to 1.04 of eager's, against 0.67 to 0.72 so).
+
+In training a 1x1 convolution may compute relu(bn(x)) of what it loads, by batch statistics that are given,
+and leave shares of those of its own result, of the values as stored.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvr.kernels.activations import activate, relu
 from fastvr.kernels.common import (
-    activate,
     ceil_div,
     dot_precision,
     launch,
@@ -109,6 +112,31 @@ def finish_pixels(
     tl.store(y_rows[:, None] + offs_o[None, :], acc.to(dtype), mask=mask)
 
 
+@triton.jit
+def _normalised(x, mean_ptr, var_ptr, weight_ptr, bias_ptr, channels, inside, eps):
+    """relu(bn(x)) of a block [pixels, channels], rounded as if it had been stored."""
+    mean = tl.load(mean_ptr + channels, mask=inside, other=0.0)
+    rstd = tl.rsqrt(tl.load(var_ptr + channels, mask=inside, other=1.0) + eps)
+    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    y = (x.to(tl.float32) - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
+    return relu(y).to(x.dtype)
+
+
+@triton.jit
+def _leave_shares(acc, shares_ptr, part, rows, first_n, C, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum and M2, the squared deviations from their mean, of BLOCK channels over a tile's first ``rows``."""
+    offs_n = first_n + tl.arange(0, BLOCK)
+    mask_n = offs_n < C
+    inside = (tl.arange(0, acc.shape[0]) < rows)[:, None]
+    stored = tl.where(inside, acc.to(dtype).to(tl.float32), 0.0)
+    total = tl.sum(stored, 0)
+    deviation = tl.where(inside, stored - (total / rows)[None, :], 0.0)
+    shares = shares_ptr + part.to(tl.int64) * 2 * C + offs_n
+    tl.store(shares, total, mask=mask_n)
+    tl.store(shares + C, tl.sum(deviation * deviation, 0), mask=mask_n)
+
+
 # sizes of the image matter to nothing but divisions: one binary for every batch and resolution
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def _conv_bn_relu_fwd_kernel(
@@ -162,6 +190,13 @@ def _conv_bn_relu_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr = 1,
+    # of a 1x1 convolution in training; no groups
+    before_mean_ptr=None,  # [C] float32: relu(bn(x)) is convolved
+    before_var_ptr=None,  # [C] float32
+    before_weight_ptr=None,  # [C]
+    before_bias_ptr=None,  # [C]
+    before_eps=0.0,
+    shares_ptr=None,  # [ceil(M / BLOCK_M), 2, O] float32: sum and M2 of what is stored
 ):
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(GROUP_O, BLOCK_N)
@@ -238,6 +273,11 @@ def _conv_bn_relu_fwd_kernel(
             if PADDED:
                 x = tl.where(mask, x, 0.0)
             x = x.to(weight_ptr.dtype.element_ty)
+        if before_mean_ptr is not None:
+            x = _normalised(
+                x, before_mean_ptr, before_var_ptr, before_weight_ptr, before_bias_ptr, channels, inside,
+                before_eps,
+            )  # fmt: skip
         w_ptrs = w_columns[None, :] + w_offs[:, None]
         w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
@@ -261,6 +301,11 @@ def _conv_bn_relu_fwd_kernel(
                 pid_n * BLOCK_N + half * (BLOCK_N // 2), GROUP_O, bn_weight_ptr, bn_bias_ptr,
                 running_mean_ptr, running_var_ptr, stride_rc, eps, ACT, BLOCK_N // 2,
             )  # fmt: skip
+            if shares_ptr is not None:
+                _leave_shares(
+                    left if half == 0 else right, shares_ptr, pid_m, tl.minimum(M - pid_m * BLOCK_M, BLOCK_M),
+                    pid_n * BLOCK_N + half * (BLOCK_N // 2), GROUP_O, y_ptr.dtype.element_ty, BLOCK_N // 2,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "OH", "OW"])
@@ -360,6 +405,8 @@ def launch_conv_bn_relu_fwd(
     padding: tuple[int, int],
     groups: int,
     config: dict[str, int],
+    before: dict[str, Any] | None = None,  # mean, var, weight, bias [C] and eps of a BatchNorm of x
+    shares: torch.Tensor | None = None,  # [ceil(N * OH * OW / BLOCK_M), 2, O] float32
     **epilogue: Any,  # of `epilogue_arguments`
 ) -> None:
     N, _, H, W = x.shape
@@ -397,7 +444,9 @@ def launch_conv_bn_relu_fwd(
     finish = epilogue_arguments(y=y, **epilogue)
     grid = (groups * ceil_div(M, config["BLOCK_M"]) * ceil_div(group_o, config["BLOCK_N"]), split)
     if split == 1:
-        launch(_conv_bn_relu_fwd_kernel, grid, config, **arguments, **finish)
+        if before is not None:
+            finish |= {f"before_{name}" + "_ptr" * (name != "eps"): value for name, value in before.items()}
+        launch(_conv_bn_relu_fwd_kernel, grid, config, shares_ptr=shares, **arguments, **finish)
         return
     assert workspace is not None
     nothing: dict[str, Any] = dict.fromkeys(epilogue)

@@ -25,7 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import ceil_div, dot_precision, launch, normalize, relu
+from fastvr.kernels.activations import relu
+from fastvr.kernels.common import ceil_div, dot_precision, launch, normalize
 from fastvr.kernels.conv_bn_relu import _batch_norm, _window_offsets
 
 

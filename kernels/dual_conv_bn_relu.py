@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from fastvr.kernels import conv_bn_relu as single
-from fastvr.kernels.common import activate, ceil_div, dot_precision, launch, swizzle
+from fastvr.kernels.activations import activate
+from fastvr.kernels.common import ceil_div, dot_precision, launch, swizzle
 from fastvr.kernels.conv_bn_relu import _batch_norm, _halves, _pixels, pixel_rows
 
 

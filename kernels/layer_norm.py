@@ -90,12 +90,14 @@ def _layer_norm_bwd_kernel(
     grad_ptr,  # [M, N]
     x_ptr,  # [M, N]
     weight_ptr,  # [N]
+    residual_ptr,  # [M, N] or None: a gradient that x has from elsewhere, added to dx
     dx_ptr,  # [M, N] or None
     parts_ptr,  # [programs, 2, N] float32: shares of dweight, then of dbias; or None
     M,
     N,
     stride_gm,
     stride_xm,
+    stride_rm,
     stride_dxm,
     eps,
     BLOCK_M: tl.constexpr,
@@ -120,6 +122,9 @@ def _layer_norm_bwd_kernel(
             g = grad * weight[None, :]
             along = tl.sum(g * xhat, 1) / N
             dx = (g - (tl.sum(g, 1) / N)[:, None] - xhat * along[:, None]) * rstd[:, None]
+            if residual_ptr is not None:
+                residual_ptrs = residual_ptr + rows * stride_rm + offs_n[None, :]
+                dx += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
             dx_ptrs = dx_ptr + rows * stride_dxm + offs_n[None, :]
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if parts_ptr is not None:
@@ -239,6 +244,7 @@ def launch_layer_norm_bwd(
     grad: torch.Tensor,  # [M, N], and all that follows; last dimensions contiguous
     x: torch.Tensor,
     weight: torch.Tensor,  # [N]
+    residual: torch.Tensor | None = None,  # [M, N], with dx
     dx: torch.Tensor | None,  # [M, N]
     parts: torch.Tensor | None,  # [bwd_programs, 2, N] float32, with dweight
     dweight: torch.Tensor | None,  # [N]
@@ -255,12 +261,14 @@ def launch_layer_norm_bwd(
         grad_ptr=grad,
         x_ptr=x,
         weight_ptr=weight,
+        residual_ptr=residual,
         dx_ptr=dx,
         parts_ptr=parts,
         M=M,
         N=N,
         stride_gm=grad.stride(0),
         stride_xm=x.stride(0),
+        stride_rm=0 if residual is None else residual.stride(0),
         stride_dxm=0 if dx is None else dx.stride(0),
         eps=eps,
     )

@@ -10,6 +10,10 @@ stored it. With ``colsum`` it is folded into the weight, and the product of the 
 ``rstd * (x @ W'.T - mean * colsum)``, by the statistics that the launch before left in ``row_stats``. Such a
 launch is one with ``stats``: (mean, M2) of each chunk of its own rows, of the values as they are stored.
 
+For training, ``x_act`` activates x on its way in, so that what an activation gave need not be kept, and with
+``hidden``, what an activation was given, the product is a gradient that passes back through it: it is
+multiplied by the derivative there, and what the activation gave is left in ``activated``.
+
 One source, and what a configuration chooses of it:
 
 - TMA: x and weight by tensor descriptors, which copy whole blocks to shared memory without registers.
@@ -26,8 +30,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvr.kernels.activations import activate, activate_and_grad
 from fastvr.kernels.common import (
-    activate,
     ceil_div,
     dot_precision,
     launch,
@@ -80,6 +84,8 @@ def finish_tile(
     colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
     y_ptr,  # [M, N]
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
+    hidden_ptr,  # [M, N] dense, or None: what ACT was given in a forward pass, whose derivative is asked for
+    activated_ptr,  # [M, N] dense, or None: what it gave
     stride_rm,
     stride_ym,
     ACT: tl.constexpr,
@@ -96,10 +102,18 @@ def finish_tile(
         acc = (acc - mean[:, None] * colsum[None, :]) * rstd[:, None]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACT, y_ptr.dtype.element_ty)
+    mask = mask_m[:, None] & mask_n[None, :]
+    if hidden_ptr is not None:
+        cells = offs_m[:, None] * N + offs_n[None, :]
+        hidden = tl.load(hidden_ptr + cells, mask=mask, other=0.0).to(tl.float32)
+        activated, slope = activate_and_grad(hidden, ACT, hidden_ptr.dtype.element_ty)
+        acc *= slope
+        if activated_ptr is not None:
+            tl.store(activated_ptr + cells, activated.to(activated_ptr.dtype.element_ty), mask=mask)
+    else:
+        acc = activate(acc, ACT, y_ptr.dtype.element_ty)
     if gamma_ptr is not None:
         acc *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -113,8 +127,8 @@ def finish_tile(
 @triton.jit
 def finish_parts(
     acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr, stats_ptr,
-    stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
     programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
@@ -123,23 +137,24 @@ def finish_parts(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         finish_parts(
             left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+            stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
         )  # fmt: skip
         finish_parts(
             right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
-            y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+            y_ptr, stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M,
+            HALF,
         )  # fmt: skip
     else:
         finish_tile(
             acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-            stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+            stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
     x,  # [M, K], a pointer; with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
-    weight,  # [N, K], a pointer; with TMA a descriptor of blocks [BLOCK_N, BLOCK_K]
+    weight,  # [N, K], a pointer; with TMA a descriptor of blocks [BLOCK_N, BLOCK_K], with K_FIRST of [K, N]'s
     bias_ptr,  # [N] or None
     ln_weight_ptr,  # [K] or None: no LayerNorm on the way in
     ln_bias_ptr,  # [K] or None
@@ -149,6 +164,9 @@ def _linear_fwd_kernel(
     colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
     y_ptr,  # [M, N]; with SPLIT_K [SPLIT_K, M, N] float32
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
+    moments_ptr,  # [M, 2] float32 or None: mean and 1 / deviation of the rows, with ln_weight
+    hidden_ptr,  # [M, N] or None: what ACT was given in a forward pass; its derivative there is a factor
+    activated_ptr,  # [M, N] or None: what ACT gave, with hidden
     M,
     N,
     K,
@@ -161,6 +179,7 @@ def _linear_fwd_kernel(
     stride_sm,
     eps,
     ACT: tl.constexpr,
+    X_ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     STATS_CHUNK: tl.constexpr,
@@ -171,6 +190,7 @@ def _linear_fwd_kernel(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr = 1,
     TMA: tl.constexpr = 0,
+    K_FIRST: tl.constexpr = 0,
     PERSISTENT: tl.constexpr = 0,
     PDL: tl.constexpr = 0,
 ):
@@ -198,13 +218,20 @@ def _linear_fwd_kernel(
         if ln_weight_ptr is not None:
             mean, m2 = row_moments(x_rows, offs_m < M, K, stride_xk, BLOCK_M, BLOCK_K)
             rstd = tl.rsqrt(m2 / K + eps)
+            if moments_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if pid_n == 0:
+                    tl.store(moments_ptr + offs_m * 2, mean, mask=offs_m < M)
+                    tl.store(moments_ptr + offs_m * 2 + 1, rstd, mask=offs_m < M)
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(first, stop, BLOCK_K):
             inside = offs_k < K - start
             if TMA:
                 x_block = x.load([pid_m * BLOCK_M, start])
-                w_block = weight.load([pid_n * BLOCK_N, start]).T
+                if K_FIRST:
+                    w_block = weight.load([start, pid_n * BLOCK_N])
+                else:
+                    w_block = weight.load([pid_n * BLOCK_N, start]).T
             elif EVEN_K:
                 x_block = tl.load(x_ptrs)
                 w_block = tl.load(w_ptrs)
@@ -218,6 +245,8 @@ def _linear_fwd_kernel(
                     shift = tl.load(ln_bias_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
                     normed += shift[None, :]
                 x_block = normed.to(w_block.dtype)
+            if X_ACT != "none":
+                x_block = activate(x_block.to(tl.float32), X_ACT, x_block.dtype).to(w_block.dtype)
             acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION)
             if not TMA:
                 x_ptrs += BLOCK_K * stride_xk
@@ -235,7 +264,8 @@ def _linear_fwd_kernel(
                 )
             finish_parts(
                 acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
-                y_ptr, stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+                y_ptr, stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
 
 
@@ -249,6 +279,8 @@ def _linear_sum_kernel(
     colsum_ptr,
     y_ptr,
     stats_ptr,
+    hidden_ptr,
+    activated_ptr,
     M,
     N,
     K,
@@ -277,7 +309,7 @@ def _linear_sum_kernel(
         mean, rstd = row_scale(row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
         acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-        stats_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
+        stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
     )  # fmt: skip
 
 
@@ -298,8 +330,12 @@ def launch_linear_fwd(
     colsum: torch.Tensor | None = None,  # [N] float32
     y: torch.Tensor,  # [M, N], last dimension contiguous
     stats: torch.Tensor | None = None,  # [M, ceil(N / STATS_CHUNK), 2] float32, contiguous
+    moments: torch.Tensor | None = None,  # [M, 2] float32, contiguous, with ln_weight
+    hidden: torch.Tensor | None = None,  # [M, N], contiguous
+    activated: torch.Tensor | None = None,  # [M, N], contiguous, with hidden
     workspace: torch.Tensor | None = None,  # [SPLIT_K, M, N] float32, contiguous, where config has SPLIT_K
     act: str,
+    x_act: str = "none",
     eps: float = 0.0,
     config: dict[str, int],
 ) -> None:
@@ -307,12 +343,17 @@ def launch_linear_fwd(
     N = weight.shape[0]
     operands: tuple[Any, Any] = (x, weight)
     if config.get("TMA"):
-        blocks = [(config[rows], config["BLOCK_K"]) for rows in ("BLOCK_M", "BLOCK_N")]
-        described = [tma_descriptor(*pair) for pair in zip(operands, blocks, strict=True)]
+        k_first = weight.stride(0) == 1 and weight.stride(1) != 1
+        columns = (config["BLOCK_N"], config["BLOCK_K"])
+        described = [
+            tma_descriptor(x, (config["BLOCK_M"], config["BLOCK_K"])),
+            tma_descriptor(weight.t(), columns[::-1]) if k_first else tma_descriptor(weight, columns),
+        ]
         if None in described:
             config = config | {"TMA": 0, "PERSISTENT": 0}
         else:
             operands = (described[0], described[1])
+            config = config | {"K_FIRST": int(k_first)}
     tiles = ceil_div(M, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     split = config.get("SPLIT_K", 1)
     grid = (min(tiles, multiprocessors(x.device)) if config.get("PERSISTENT") else tiles, split)
@@ -324,6 +365,8 @@ def launch_linear_fwd(
         "colsum_ptr": colsum,
         "y_ptr": y,
         "stats_ptr": stats,
+        "hidden_ptr": hidden,
+        "activated_ptr": activated,
         "stride_rm": 0 if residual is None else residual.stride(0),
         "stride_ym": y.stride(0),
         "stride_sm": 0 if row_stats is None else row_stats.stride(0),
@@ -344,10 +387,12 @@ def launch_linear_fwd(
         "weight": operands[1],
         "ln_weight_ptr": ln_weight,
         "ln_bias_ptr": ln_bias,
+        "moments_ptr": moments,
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
         "stride_wn": weight.stride(0),
         "stride_wk": weight.stride(1),
+        "X_ACT": x_act,
         "PRECISION": dot_precision(weight.dtype),
         "EVEN_K": K % config["BLOCK_K"] == 0,
     }

@@ -10,8 +10,11 @@ from fastvr.kernels.common import ceil_div
 
 Config = dict[str, int]
 # What a launch does beside linear's: row statistics behind it, LayerNorm folded into the weight, LayerNorm on
-# the way in. Each is a kernel of its own to the compiler.
-Kind = Literal["linear", "linear_stats", "norm_linear", "layernorm_linear"]
+# the way in, an activation there, an activation's derivative behind it. Each is a kernel of its own to the
+# compiler.
+Kind = Literal[
+    "linear", "linear_stats", "norm_linear", "layernorm_linear", "act_linear", "linear_act_backward"
+]
 
 _THIN_ROWS = 32  # half of a 64-row tile and less
 _SPLIT_ROWS = 512  # 96 tiles of 64x64 where N is 768, fewer than a large GPU has multiprocessors
@@ -39,8 +42,9 @@ def candidate_configs(
         if kind != "linear_stats":  # there this one spills
             tiles.insert(1, _tile(64, 64, 16, 8, 2))
         return tiles
-    # LayerNorm on the way in goes through registers, which TMA does not
-    tma = {"TMA": 1} if arch in ("sm_90", "sm_100") and kind != "layernorm_linear" else {}
+    # what is done on the way in goes through registers, which TMA does not
+    through_registers = kind in ("layernorm_linear", "act_linear")
+    tma = {"TMA": 1} if arch in ("sm_90", "sm_100") and not through_registers else {}
     stages, thin_k = (2, 64) if arch.startswith("gfx") else (3, 128)
     # 98 KB and at most 128 registers with TMA: two programs fit a multiprocessor, so that one's epilogue runs
     # beneath the other's product, and with ViT's short K the epilogue is no small part
@@ -50,7 +54,9 @@ def candidate_configs(
         tiles.append(_tile(128, 256, 64, 8, 4, **tma))
         tiles.append(_tile(128, 256, 64, 8, 4, **tma, PERSISTENT=1))
         tiles.append(_tile(128, 128, 64, 8, stages))
-    tiles += [_tile(128, 64, 64, 4, stages), _tile(64, 64, 64, 4, stages)]
+    if kind != "linear_act_backward":  # there this one spills
+        tiles.append(_tile(128, 64, 64, 4, stages))
+    tiles.append(_tile(64, 64, 64, 4, stages))
     if m is not None and m <= _SPLIT_ROWS:
         tiles.append(_tile(64, 64, 64, 4, stages, SPLIT_K=4))
     if m is not None and m <= _THIN_ROWS:

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 import fastvr
 from fastvr.backend import use_backend
 from fastvr.compare import UsageError
-from fastvr.compare.photos import Preprocessing
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
-from fastvr.weights.read import read_file, unwrap
+from fastvr.weights import preprocessing
+from fastvr.weights.errors import CheckpointError
+from fastvr.weights.layouts import Recognised, recognise
+from fastvr.weights.load import fill, unknown_layout
+from fastvr.weights.read import read_checkpoint
 
 _CLASSES = 1000
 
@@ -30,7 +34,7 @@ class Family:
     peer: Callable[[int], nn.Module | None]  # the same from the library that people use now, if installed
     peer_name: str
     preprocessing: Preprocessing
-    marks: tuple[str, ...]  # weights that only checkpoints of this family have
+    marks: tuple[str, ...]  # weights, by fastvr's names, that only checkpoints of this family have
     memory_format: torch.memory_format = torch.contiguous_format
 
     def input(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -62,8 +66,8 @@ FAMILIES = (
         build=lambda num_classes: fastvr.ViT(num_classes=num_classes),
         peer=_timm_vit,
         peer_name="timm",
-        preprocessing=Preprocessing(224, 248, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), bicubic=True),
-        marks=("patch_embed.proj.weight", "conv_proj.weight"),
+        preprocessing=Preprocessing(224, 248, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), interpolation="bicubic"),
+        marks=("patch_embed.proj.weight",),
     ),
     Family(
         key="resnet50",
@@ -71,7 +75,7 @@ FAMILIES = (
         build=lambda num_classes: fastvr.ResNet50(num_classes),
         peer=_torchvision_resnet,
         peer_name="torchvision",
-        preprocessing=Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), bicubic=False),
+        preprocessing=Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         marks=("layer1.0.conv1.weight",),
         memory_format=torch.channels_last,
     ),
@@ -100,7 +104,9 @@ def by_family(paths: Sequence[Path], families: Sequence[Family]) -> dict[str, Pa
     found: dict[str, Path] = {}
     for path in paths:
         try:
-            names = set(unwrap(read_file(path), str(path)))
+            checkpoint = read_checkpoint(path)
+            known = recognise(checkpoint.state, checkpoint.config, checkpoint.source)
+            names = set(checkpoint.state if known is None else known.state)
         except (ValueError, OSError) as error:
             raise UsageError(f"--weights: {' '.join(str(error).split())}") from None
         key = next((family.key for family in families if names & set(family.marks)), None)
@@ -116,6 +122,8 @@ def by_family(paths: Sequence[Path], families: Sequence[Family]) -> dict[str, Pa
 def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: int) -> ViT | ResNet:
     """The family's model in eval, with the weights of a checkpoint, or random ones.
 
+    Where the checkpoint says how its images were prepared, ``model.preprocessing`` does.
+
     Random weights get BatchNorm statistics of ``photographs``: with the initial ones (mean 0, variance 1)
     activations would grow from layer to layer as they do in no trained model.
 
@@ -128,17 +136,23 @@ def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: in
         calibrate(model, photographs)
         return model.eval()
     try:
-        model = family.build(_classes(weights))
-        fastvr.load_checkpoint(model, weights)
+        checkpoint = read_checkpoint(weights)
+        found = recognise(checkpoint.state, checkpoint.config, checkpoint.source)
+        if found is None:
+            raise CheckpointError(unknown_layout(checkpoint, family.title))
+        model = family.build(_classes(found))
+        fill(model, found, checkpoint.source)
+        how = preprocessing.read(checkpoint.config, checkpoint.preprocessor, checkpoint.source)
     except (ValueError, OSError) as error:
         raise UsageError(f"{family.title}: {' '.join(str(error).split())}") from None
+    if how is not None and how.size == family.preprocessing.size:
+        model.preprocessing = how
     return model.eval()
 
 
-def _classes(weights: Path) -> int:
+def _classes(found: Recognised) -> int:
     """How many classes the checkpoint tells apart, so that a fine-tuned one needs no option of its own."""
-    state = unwrap(read_file(weights), str(weights))
-    heads = [state[name] for name in ("head.weight", "heads.head.weight", "fc.weight") if name in state]
+    heads = [found.state[name] for name in ("head.weight", "fc.weight") if name in found.state]
     return len(heads[0]) if heads and heads[0].ndim else _CLASSES
 
 

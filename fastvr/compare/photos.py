@@ -13,23 +13,13 @@ import torch
 from torch import Tensor
 
 from fastvr.compare import UsageError
+from fastvr.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MOST = 64  # photographs decoded; a directory may hold millions
 _SHORT_SIDE = 512  # kept of each: enough for every crop, and 64 of them stay below 100 MB
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a family of models was fed in training: resize the short side, crop the centre, normalise."""
-
-    size: int
-    resize: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    bicubic: bool
 
 
 @dataclass(frozen=True)
@@ -135,6 +125,8 @@ def _reason(error: Exception) -> str:
 
 
 def _centre(image: Image, how: Preprocessing) -> Image:
+    if how.squash:
+        return _cut(image, (0, 0, *image.size), how)
     side = min(image.size) * how.size / how.resize
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return _cut(image, (left, top, left + side, top + side), how)
@@ -152,5 +144,5 @@ def _random_crop(image: Image, how: Preprocessing, rng: np.random.Generator) -> 
 def _cut(image: Image, box: tuple[float, float, float, float], how: Preprocessing) -> Image:
     from PIL import Image as module
 
-    resampling = module.Resampling.BICUBIC if how.bicubic else module.Resampling.BILINEAR
+    resampling = module.Resampling[how.interpolation.upper()]
     return image.resize((how.size, how.size), resampling, box=box)

@@ -33,6 +33,7 @@ from fastvr.compare import digits, interpreted, measure, parity, photos, traffic
 from fastvr.compare.models import FAMILIES, Family, InPyTorch, build, by_family, eager
 from fastvr.compare.progress import Reporter, Step
 from fastvr.compare.settings import DTYPES, Settings, check_writable, device_for, write_json
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.tuner.calls import meta_copy
@@ -118,6 +119,10 @@ class Comparison:
             "interpreted", {}
         )
 
+    def _how(self, family: Family) -> Preprocessing:
+        """How photographs are prepared: as the weights say, else as the family's usual ones want it."""
+        return self._models[family.key].preprocessing or family.preprocessing
+
     def _build(self, step: Step) -> None:
         for done, family in enumerate(self._families):
             weights = self._weights.get(family.key)
@@ -138,7 +143,7 @@ class Comparison:
         dtype = self._dtype if gpu else torch.bfloat16
         for done, family in enumerate(self._families):
             step(done / len(self._families), family.title)
-            how = family.preprocessing
+            how = self._how(family)
             images = torch.empty(_TRAFFIC_BATCH, 3, how.size, how.size, dtype=dtype, device="meta")
             images = images.contiguous(memory_format=family.memory_format)
             model = meta_copy(self._models[family.key]).to(dtype)
@@ -164,7 +169,7 @@ class Comparison:
         mode = "triton" if self._device.type == "cuda" else "auto"
         for done, family in enumerate(self._families):
             step(done / len(self._families), family.title)
-            x = self._photographs.batch(4, family.preprocessing, seed=self._settings.seed)
+            x = self._photographs.batch(4, self._how(family), seed=self._settings.seed)
             x = family.input(x, self._device, self._dtype)
             model, (peer, _) = self._models[family.key], self._eager[family.key]
             self.result["models"][family.key]["parity"] = parity.verdict(model, peer, x, mode=mode)
@@ -173,9 +178,7 @@ class Comparison:
         each = SECONDS[self._device.type][self._settings.quick]
         cells = len(self._families) * len(self._batches)
         for row, family in enumerate(self._families):
-            images = self._photographs.batch(
-                self._batches[-1], family.preprocessing, seed=self._settings.seed
-            )
+            images = self._photographs.batch(self._batches[-1], self._how(family), seed=self._settings.seed)
             images = family.input(images, self._device, self._dtype)
             speed = self.result["models"][family.key]["speed"] = self._columns(family, images[:1])
             for column, batch in enumerate(self._batches):
@@ -245,9 +248,7 @@ class Comparison:
                     speed[name]["peak_memory"] = measure.peak_memory(calls[name], weights, self._device)
 
     def _interpret(self, step: Step) -> None:
-        how = photos.Preprocessing(
-            interpreted.SIZE, interpreted.SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), bicubic=False
-        )
+        how = Preprocessing(interpreted.SIZE, interpreted.SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         crops = self._photographs.batch(2, how, seed=self._settings.seed)
         # how long it takes is not known; the bar creeps
         self.result["interpreted"] = interpreted.run(

@@ -1,15 +1,17 @@
-"""Kernel launches and memory traffic of one forward pass, counted on meta tensors, with no GPU.
+"""Kernel launches and memory traffic of a forward pass or a training step, counted on meta tensors.
 
 Bytes are those of the tensors handed to each launch, read and written, each counted as if it came from and
 went to memory. Nothing comes from a formula: an op of ours is taken apart into the launches that its kernels
-make, and every fill, copy and cast in between counts as a launch of its own.
+make, and every fill, copy and cast in between counts as a launch of its own. A training step is a forward
+pass in train mode and the backward pass of an upstream gradient, without loss and optimiser.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fastvr import backend
 from fastvr.tuner.calls import meta_copy
@@ -38,37 +40,46 @@ _FREE = frozenset(
         torch.ops.aten._unsafe_view.default,
     }
 )
-# On meta they forget channels_last, which PyTorch's kernels keep; copies would seem to follow.
+# On meta they forget channels_last, which PyTorch's kernels keep; copies would seem to follow. Gradients, and
+# BatchNorm in training, remember it there too.
 _CONVOLUTION = torch.ops.aten.convolution.default
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one forward pass hands to the GPU.
+    """What one forward pass, or one training step, hands to the GPU.
 
     ``by_op`` splits both totals: by the name of a fastvr op for its kernels' launches, ``"aten.add.Tensor"``
     for what PyTorch launches, ``"aten.clone.default in linear"`` for what an op of ours has PyTorch do.
+    ``flops`` are those of matrix products, convolutions and attention, two for a multiply-add; what backward
+    computes again counts again.
     """
 
     launches: int
     bytes: int
     by_op: dict[str, tuple[int, int]]
+    flops: int
 
 
-def count(model: Callable[[Tensor], Any], example: Tensor, *, arch: str = "sm_90") -> Traffic | None:
+def count(
+    model: Callable[[Tensor], Any], example: Tensor, *, arch: str = "sm_90", train: bool = False
+) -> Traffic | None:
     """Launches and bytes of ``model(example)`` with every fastvr op on its Triton kernel, as on ``arch``.
 
     Args:
         model: a module (it is copied to meta tensors and stays as it is) or any callable on meta tensors.
         example: gives the shape, dtype and strides; its values and device do not matter.
         arch: "sm_90", "gfx942", ...: which configurations are taken, hence which launches are made.
+        train: count a training step: the module in train mode, and the gradients of those parameters that ask
+            for one, for an upstream gradient like the result, which must be one tensor.
 
     Returns:
         None where Triton is not installed: the launches are in the kernels' own code.
 
     Raises:
         BackendError: an op has no kernel for its arguments; the message says why.
+        ValueError: ``train``, and nothing would be differentiated.
     """
     if backend.triton_missing() is not None:
         return None
@@ -76,19 +87,19 @@ def count(model: Callable[[Tensor], Any], example: Tensor, *, arch: str = "sm_90
 
     counter = _Counter()
     with backend.use_backend("triton"), backend.assume_architecture(arch), record_launches(counter.launched):
-        counter.run(model, example)
+        counter.run(model, example, train)
     return counter.traffic()
 
 
-def eager_traffic(model: Callable[[Tensor], Any], example: Tensor) -> Traffic:
+def eager_traffic(model: Callable[[Tensor], Any], example: Tensor, *, train: bool = False) -> Traffic:
     """Launches and bytes of ``model(example)`` in PyTorch alone; fastvr's own models run on the reference.
 
     Every call that is not a view counts as one launch, and scaled dot product attention as one launch of
-    FlashAttention, which is what 16-bit tensors get on a GPU.
+    FlashAttention, which is what 16-bit tensors get on a GPU. ``train`` as in :func:`count`.
     """
     counter = _Counter()
     with backend.use_backend("reference"):
-        counter.run(model, example)
+        counter.run(model, example, train)
     return counter.traffic()
 
 
@@ -112,6 +123,10 @@ def _nbytes(tensor: Tensor) -> int:
         return 0
     once = (n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
     return math.prod(once) * tensor.element_size()
+
+
+def _written(argument: torch.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _distinct(tensors: Iterable[Tensor]) -> int:
@@ -147,14 +162,28 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._by_op: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
         self._inside: list[str] = []
+        self._flops = 0
+        self._computing = False  # inside an op whose arithmetic is counted as a whole
+        self._keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
-    def run(self, model: Callable[[Tensor], Any], example: Tensor) -> None:
+    def run(self, model: Callable[[Tensor], Any], example: Tensor, train: bool) -> None:
         if isinstance(model, nn.Module):
+            wanted = [parameter.requires_grad for parameter in model.parameters()]
             model = meta_copy(model)
-        with torch.no_grad(), FlashAttention():
-            x = torch.empty_like(example, device="meta", requires_grad=False)
+            if train:
+                model.train()
+                for parameter, wants in zip(model.parameters(), wanted, strict=True):
+                    parameter.requires_grad_(wants)
+        x = torch.empty_like(example, device="meta", requires_grad=False)
+        with torch.set_grad_enabled(train), FlashAttention():
             with self:
-                model(x)
+                y = model(x)
+            if train:
+                if not (isinstance(y, Tensor) and y.requires_grad):
+                    raise ValueError("model: nothing of its result would be differentiated")
+                grad = torch.empty_like(y)
+                with self:
+                    y.backward(grad)
 
     def traffic(self) -> Traffic:
         by_op = {name: (launches, size) for name, (launches, size) in self._by_op.items()}
@@ -162,6 +191,7 @@ class _Counter(TorchDispatchMode):
             launches=sum(launches for launches, _ in by_op.values()),
             bytes=sum(size for _, size in by_op.values()),
             by_op=by_op,
+            flops=self._flops,
         )
 
     def _add(self, name: str, size: int) -> None:
@@ -195,7 +225,13 @@ class _Counter(TorchDispatchMode):
             first = out if isinstance(out, Tensor) else out[0]
             first = torch.empty_like(first, memory_format=torch.channels_last)
             out = first if isinstance(out, Tensor) else (first, *out[1:])
+        if not self._computing and func._overloadpacket in flop_registry:
+            self._flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not results:
+            # what returns nothing may write into its arguments, as lists of tensors are moved
+            written = (arg for arg, spec in zip(args, func._schema.arguments, strict=False) if _written(spec))
+            results = [leaf for leaf in tree_leaves(list(written)) if isinstance(leaf, Tensor)]
         if func in _FREE or func.is_view or not results:
             return out
         read = _distinct(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
@@ -207,13 +243,26 @@ class _Counter(TorchDispatchMode):
         """Run an op of ours by its kernel function, with this mode still counting what that does."""
         from fastvr.ops._op import OPS
 
-        op = OPS[func._schema.name.removeprefix("fastvr::")]
+        name = func._schema.name.removeprefix("fastvr::")
+        if name not in OPS:
+            # the gradient of a reference, by PyTorch, arithmetic included; autograd is off in a mode
+            with self._within(name, self._computing), self, torch._C._ForceDispatchKeyGuard(*self._keys):
+                return OPS[name.removesuffix("_backward")]._backward(*args)
+        op = OPS[name]
         reason = op.unsupported(*args)
         if reason is not None:
             raise backend.BackendError(f"fastvr.{op.name}: no Triton kernel runs here: {reason}")
-        self._inside.append(op.name)
+        if not self._computing:
+            self._flops += op.cost(*args).flops
+        with self._within(name, True), self:
+            return op.kernel(*args)
+
+    @contextlib.contextmanager
+    def _within(self, name: str, computing: bool) -> Iterator[None]:
+        before, self._computing = self._computing, computing
+        self._inside.append(name)
         try:
-            with self:
-                return op.kernel(*args)
+            yield
         finally:
             self._inside.pop()
+            self._computing = before

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.ops import _check
 
 if TYPE_CHECKING:
@@ -25,8 +26,18 @@ class Model(nn.Module):
 
     generation: int = 0
     in_chans: int
+    preprocessing: Preprocessing | None = None
+    """How its images were prepared in training, where the checkpoint said so."""
+    # what other libraries call an argument, and what it is called here
+    other_names: ClassVar[Mapping[str, str]] = {}
     # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()
     _moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        for name in arguments:
+            if (ours := cls.other_names.get(name)) is not None:
+                raise TypeError(f"{cls.__name__}: there is no argument {name!r}; it is called {ours} here")
+        return super().__new__(cls)
 
     def normalize_images(self, mean: float | Sequence[float], std: float | Sequence[float]) -> Self:
         """Take uint8 images, as decoders give them, as ``(x / 255 - mean) / std``.

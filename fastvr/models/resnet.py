@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
+from fastvr.models._other_names import RESNET_NAMES
 from fastvr.nn.head import classify_map
-from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, run_stage
+from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
 from fastvr.nn.stem import stem
 
 
@@ -25,9 +26,16 @@ class ResNet(Model):
         num_classes: logits; 0 for none (``fc`` is an identity).
         in_chans: channels of the images.
         width: channels of the stem and of the first stage's 3x3 convolutions.
+        groups: of the bottlenecks' 3x3 convolutions (ResNeXt).
+        width_per_group: channels of each of those groups in the first stage, at a ``width`` of 64 (ResNeXt,
+            Wide ResNet).
+        stem_width: channels of a stem of three 3x3 convolutions (ResNet-C, -D); None for one of 7x7.
+        avg_down: shortcuts pool before a 1x1 convolution instead of leaving pixels out (ResNet-D).
         zero_init_residual: start each branch's last BatchNorm at 0, so that a block begins as an identity.
         global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
     """
+
+    other_names = RESNET_NAMES
 
     def __init__(
         self,
@@ -37,29 +45,45 @@ class ResNet(Model):
         in_chans: int = 3,
         *,
         width: int = 64,
+        groups: int = 1,
+        width_per_group: int = 64,
+        stem_width: int | None = None,
+        avg_down: bool = False,
         zero_init_residual: bool = False,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"ResNet: layers must be four positive integers; got {list(layers)}")
-        for name, value in (("in_chans", in_chans), ("width", width)):
+        least = {"in_chans": in_chans, "width": width, "groups": groups, "width_per_group": width_per_group}
+        for name, value in (least | ({} if stem_width is None else {"stem_width": stem_width})).items():
             if value < 1:
                 raise ValueError(f"ResNet: {name} must be at least 1; got {value}")
+        if block is BasicBlock and (groups, width_per_group) != (1, 64):
+            raise ValueError("ResNet: groups and width_per_group must be 1 and 64 with BasicBlock")
         _check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = 8 * width * block.expansion
 
-        self.conv1: nn.Module = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.conv1: nn.Module
+        if stem_width is None:
+            self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = _deep_stem(in_chans, stem_width, width)
         self.bn1: nn.Module = nn.BatchNorm2d(width)
         self.relu: nn.Module = nn.ReLU(inplace=True)
         self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1: nn.Module = _stage(block, width, width, layers[0], 1)
-        self.layer2: nn.Module = _stage(block, width * block.expansion, 2 * width, layers[1], 2)
-        self.layer3: nn.Module = _stage(block, 2 * width * block.expansion, 4 * width, layers[2], 2)
-        self.layer4: nn.Module = _stage(block, 4 * width * block.expansion, 8 * width, layers[3], 2)
+        options = {} if block is BasicBlock else {"groups": groups, "width_per_group": width_per_group}
+
+        def stage(inplanes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+            return _stage(block, inplanes, planes, blocks, stride, avg_down, options)
+
+        self.layer1: nn.Module = stage(width, width, layers[0], 1)
+        self.layer2: nn.Module = stage(width * block.expansion, 2 * width, layers[1], 2)
+        self.layer3: nn.Module = stage(2 * width * block.expansion, 4 * width, layers[2], 2)
+        self.layer4: nn.Module = stage(4 * width * block.expansion, 8 * width, layers[3], 2)
         self.avgpool: nn.Module = nn.AdaptiveAvgPool2d((1, 1))
         self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
@@ -89,7 +113,8 @@ class ResNet(Model):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
-        dtype = check_image(self, x, None, self.conv1)
+        first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
+        dtype = check_image(self, x, None, first)
         moments = self.image_moments(x, dtype)
         x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -132,14 +157,39 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
 
 
 def _stage(
-    block: type[BasicBlock] | type[Bottleneck], inplanes: int, planes: int, blocks: int, stride: int
+    block: type[BasicBlock] | type[Bottleneck],
+    inplanes: int,
+    planes: int,
+    blocks: int,
+    stride: int,
+    avg_down: bool,
+    options: dict[str, Any],
 ) -> nn.Sequential:
     outplanes = planes * block.expansion
     downsample = None
     if stride != 1 or inplanes != outplanes:
         downsample = nn.Sequential(conv1x1(inplanes, outplanes, stride), nn.BatchNorm2d(outplanes))
-    rest = (block(outplanes, planes) for _ in range(1, blocks))
-    return nn.Sequential(block(inplanes, planes, stride, downsample), *rest)
+        if avg_down:
+            pool = (
+                nn.Identity()
+                if stride == 1
+                else nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)
+            )
+            downsample = nn.Sequential(pool, conv1x1(inplanes, outplanes), nn.BatchNorm2d(outplanes))
+    rest = (block(outplanes, planes, **options) for _ in range(1, blocks))
+    return nn.Sequential(block(inplanes, planes, stride, downsample, **options), *rest)
+
+
+def _deep_stem(in_chans: int, stem_width: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        conv3x3(in_chans, stem_width, 2),
+        nn.BatchNorm2d(stem_width),
+        nn.ReLU(inplace=True),
+        conv3x3(stem_width, stem_width),
+        nn.BatchNorm2d(stem_width),
+        nn.ReLU(inplace=True),
+        conv3x3(stem_width, width),
+    )
 
 
 PRESETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

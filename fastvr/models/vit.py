@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.models._model import Model, check_image
+from fastvr.models._other_names import VIT_NAMES
+from fastvr.models.positions import resample
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
@@ -47,10 +49,14 @@ class ViT(Model):
         norm_first: pre-norm or post-norm blocks.
         act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
         norm_eps: LayerNorm's eps.
+        pre_norm: a norm of the embedded tokens, whose convolution then has no bias (CLIP).
+        dynamic_img_size: take images of every size that ``patch_size`` divides, with the positions resampled.
 
     Raises:
         ValueError: values that do not fit together; the message names the argument.
     """
+
+    other_names = VIT_NAMES
 
     def __init__(
         self,
@@ -78,6 +84,8 @@ class ViT(Model):
         norm_first: bool = True,
         act: str = "gelu",
         norm_eps: float = 1e-6,
+        pre_norm: bool = False,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
@@ -99,15 +107,17 @@ class ViT(Model):
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.no_embed_class = no_embed_class
+        self.dynamic_img_size = dynamic_img_size
 
-        self.patch_embed: nn.Module = PatchEmbed(image, patch, in_chans, embed_dim)
-        self.img_size = image
-        self.grid_size = self.patch_embed.grid_size
+        self.patch_embed: nn.Module = PatchEmbed(image, patch, in_chans, embed_dim, bias=not pre_norm)
+        self.img_size, self.patch_size = image, patch
+        self.grid_size: tuple[int, int] = self.patch_embed.grid_size
         tokens = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim))
         self.pos_drop: nn.Module = nn.Dropout(pos_drop_rate)
+        self.norm_pre: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else nn.Identity()
         self.blocks: nn.Module = nn.Sequential(
             *(
                 Block(
@@ -141,7 +151,7 @@ class ViT(Model):
                 nn.init.normal_(token, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                _init_linear(module)
+                init_linear(module)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images.
@@ -151,7 +161,8 @@ class ViT(Model):
 
         Args:
             x: [B, in_chans, height, width], in the weights' dtype and on their device, or uint8 after
-                :meth:`normalize_images`.
+                :meth:`normalize_images`; of ``img_size``, or with ``dynamic_img_size`` of any multiple of
+                ``patch_size``.
 
         Returns:
             [B, num_classes]; with ``global_pool=""`` [B, tokens, num_classes].
@@ -200,6 +211,7 @@ class ViT(Model):
                 raise ValueError(f"ViT: n must hold indices of the {len(blocks)} blocks; got {list(n)}")
             wanted = {i % len(blocks) for i in n}
         results: list[Any] = []
+        grid = self._grid(x)
         x = self._embed(x)
         for i, block in enumerate(blocks[: max(wanted, default=-1) + 1]):
             x = block(x)
@@ -208,7 +220,7 @@ class ViT(Model):
             tokens = layer_norm(self.norm, x) if norm else x
             prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
             if reshape:
-                patches = patches.unflatten(1, self.grid_size).permute(0, 3, 1, 2).contiguous()
+                patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
             results.append((patches, prefix) if return_prefix_tokens else patches)
         return results
 
@@ -230,7 +242,7 @@ class ViT(Model):
         like = self.pos_embed
         if num_classes:
             self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-            _init_linear(self.head)
+            init_linear(self.head)
         else:
             self.head = nn.Identity()
         self.head.train(self.training)
@@ -243,29 +255,46 @@ class ViT(Model):
     def check_image(self, x: torch.Tensor) -> torch.dtype:
         """Raise a ValueError where ``x`` is no image for this model; the dtype that it is embedded in."""
         embed = self.patch_embed
-        return check_image(self, x, self.img_size, getattr(embed, "proj", embed))
+        size: tuple[int, int] = self.img_size
+        if self.dynamic_img_size and isinstance(x, torch.Tensor) and x.dim() == 4 and x.numel():
+            size = (x.shape[2], x.shape[3])
+            if any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
+                raise ValueError(f"ViT: x must be a multiple of patch_size {self.patch_size}; got {size}")
+        return check_image(self, x, size, getattr(embed, "proj", embed))
 
-    def embedding(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def prefix_parameters(self) -> list[nn.Parameter]:
+        """The tokens in front of the patches, each [1, n, embed_dim], in their order."""
+        return [token for token in (self.cls_token, self.reg_token) if token is not None]
+
+    def embedding(self, grid: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(positions [1, tokens, embed_dim], prefix tokens [P, embed_dim] or None), as ``patch_embed`` adds
-        and prepends them."""
-        given = [t.view(-1, self.embed_dim) for t in (self.cls_token, self.reg_token) if t is not None]
+        and prepends them; ``grid`` (rows, columns) of patches, None that of ``img_size``."""
+        given = [token.view(-1, self.embed_dim) for token in self.prefix_parameters()]
         prefix = None if not given else given[0] if len(given) == 1 else torch.cat(given)
         pos_embed: torch.Tensor = self.pos_embed
+        if grid is not None:
+            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            pos_embed = resample(pos_embed, self.grid_size, grid, embedded)
         if self.no_embed_class and self.num_prefix_tokens:
             pos_embed = F.pad(pos_embed, (0, 0, self.num_prefix_tokens, 0))
         return pos_embed, prefix
+
+    def _grid(self, x: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches of images ``x``."""
+        if not self.dynamic_img_size:
+            return self.grid_size
+        return x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         embed = self.patch_embed
         dtype = self.check_image(x)
         moments = self.image_moments(x, dtype)
-        pos_embed, prefix = self.embedding()
+        pos_embed, prefix = self.embedding(self._grid(x))
         if plain(embed, PatchEmbed):
             x = embed.tokens(x, pos_embed, prefix, *moments, dtype)
         else:
             x = add_tokens(embed(normalize(x, *moments, dtype)), pos_embed, prefix)
-        y: torch.Tensor = self.pos_drop(x)
-        return y
+        return layer_norm(self.norm_pre, self.pos_drop(x))
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.blocks(self._embed(x))
@@ -301,7 +330,7 @@ def _check_pool(global_pool: str, class_token: bool) -> None:
         raise ValueError("ViT: global_pool must be 'avg' or '' without a class token; got 'token'")
 
 
-def _init_linear(module: nn.Linear) -> None:
+def init_linear(module: nn.Linear) -> None:
     nn.init.trunc_normal_(module.weight, std=0.02)
     # the stub says Parameter, but bias=False leaves None
     bias: torch.Tensor | None = module.bias
@@ -309,6 +338,7 @@ def _init_linear(module: nn.Linear) -> None:
         nn.init.zeros_(bias)
 
 
+# one configuration under its short name; the registry has those of timm's names
 PRESETS: dict[str, dict[str, int]] = {
     "vit_tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},

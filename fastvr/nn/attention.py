@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain
+from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
+from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear as linear_op
 
 
@@ -54,6 +57,8 @@ class Attention(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``residual + gamma * attention(norm(x))``, in as few launches as the modules' state allows."""
+        if norm is not None and (fused := self.fused(norm, gamma)) is not None:
+            return layernorm_attention(x, **fused, residual=residual)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
         qkv = linear(self.qkv, x)
@@ -62,6 +67,27 @@ class Attention(nn.Module):
         if plain(proj, nn.Linear) and idle(self.proj_drop):
             return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual)
         return join(self.proj_drop(linear(proj, y)), gamma, residual)
+
+    def fused(self, norm: nn.Module, gamma: torch.Tensor | None) -> dict[str, Any] | None:
+        """The arguments of :func:`layernorm_attention` but x and residual, or None where a module is
+        observed, replaced or dropping."""
+        to_qkv, proj = self.qkv, self.proj
+        if not (plain_norm(norm) and self.separable()):
+            return None
+        assert plain(to_qkv, nn.Linear)
+        assert plain(proj, nn.Linear)
+        return {
+            "ln_weight": norm.weight,
+            "ln_bias": norm.bias,
+            "qkv_weight": to_qkv.weight,
+            "qkv_bias": to_qkv.bias,
+            "proj_weight": proj.weight,
+            "proj_bias": proj.bias,
+            "num_heads": self.num_heads,
+            "scale": self.scale,
+            "eps": norm.eps,
+            "gamma": gamma,
+        }
 
     def separable(self) -> bool:
         """Whether :meth:`first` gives what a call would: nothing inside is observed, replaced or dropping."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fastvr.nn.attention import Attention
 from fastvr.nn.mlp import Mlp
 from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
+from fastvr.ops.transformer_block import transformer_block
 
 
 class LayerScale(nn.Module):
@@ -91,10 +94,27 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] to [B, N, D]."""
         if self.norm_first:
+            if (halves := self._halves()) is not None:
+                return transformer_block(x, *halves)
             x = _branch(self.attn, x, self.norm1, self.ls1, self.drop_path1)
             return _branch(self.mlp, x, self.norm2, self.ls2, self.drop_path2)
         x = layer_norm(self.norm1, _branch(self.attn, x, None, self.ls1, self.drop_path1))
         return layer_norm(self.norm2, _branch(self.mlp, x, None, self.ls2, self.drop_path2))
+
+    def _halves(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The arguments of both halves, where they may run as one op: nothing inside is observed, replaced or
+        dropping."""
+        attn, mlp = self.attn, self.mlp
+        if not (
+            plain(attn, Attention)
+            and plain(mlp, Mlp)
+            and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (self.ls1, self.ls2))
+            and all(_passes(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
+        ):
+            return None
+        first = attn.fused(self.norm1, _gamma(self.ls1))
+        second = mlp.fused(self.norm2, _gamma(self.ls2))
+        return None if first is None or second is None else (first, second)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """``block(x)[:, 0]``, [B, N, D] to [B, D]: where only the class token is read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -74,17 +75,24 @@ def conv_bn_relu(
             act="none" if relu is None else "relu",
             residual=residual,
         )
-    made = convolve(conv, x)
+    return norm_act(bn, relu, convolve(conv, x), residual)
+
+
+def norm_act(
+    bn: nn.Module, relu: nn.Module | None, made: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``relu(bn(made) + residual)``, one op where ``bn`` normalises by the batch's statistics, its
+    kernel runs and no module is observed or replaced."""
     act = "none" if relu is None else "relu"
     if (
-        _takes_batch_statistics(bn)
+        takes_batch_statistics(bn)
         and (relu is None or plain(relu, nn.ReLU))
         and fuses_batch_norm_act(made, bn, residual, act)
     ):
         normalised, mean, var = batch_norm_act(
             made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act
         )
-        _track(bn, mean, var, made.numel() // made.shape[1])
+        track([bn], [(mean, var)], [made.numel() // made.shape[1]])
         return normalised
     y: torch.Tensor = bn(made)
     if residual is not None:
@@ -136,7 +144,7 @@ def batch_norm(bn: nn.Module) -> BatchNorm | None:
     return None
 
 
-def _takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     """Whether ``bn`` is a plain ``nn.BatchNorm2d`` with weight and bias that normalises by the batch."""
     if not plain(bn, nn.BatchNorm2d):
         return False
@@ -146,24 +154,47 @@ def _takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def _track(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
-    """Move the running statistics as ``bn``'s own forward does, by the unbiased variance."""
-    if not (bn.training and bn.track_running_stats):
-        return
-    factor = bn.momentum or 0.0
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
+def track(
+    norms: Sequence[nn.BatchNorm2d],
+    statistics: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    pixels: Iterable[int],
+) -> None:
+    """Move the running statistics as the modules' own forward does, by the unbiased variance, all together:
+    each launch of its own would take longer than what it does.
+
+    Args:
+        statistics: of each, the batch's mean and biased variance, [C].
+        pixels: of each, how many they were taken of.
+    """
+    tracking = [bn.training and bn.track_running_stats for bn in norms]
+    counters = [bn.num_batches_tracked for bn, on in zip(norms, tracking, strict=True) if on]
+    if counted := [counter for counter in counters if counter is not None]:
+        torch._foreach_add_(counted, 1)
+    running: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
+    kept: list[float] = []
+    taken: list[float] = []
+    for bn, on, (mean, var), count in zip(norms, tracking, statistics, pixels, strict=True):
+        if not on or count == 0:
+            continue
+        factor = bn.momentum or 0.0
+        if bn.momentum is None and bn.num_batches_tracked is not None:
             factor = 1.0 / float(bn.num_batches_tracked)
-    if pixels == 0:
+        unbiased = count / (count - 1)
+        for buffer, batch, scale in ((bn.running_mean, mean, 1.0), (bn.running_var, var, unbiased)):
+            if buffer is not None:
+                running.append(buffer)
+                batches.append(batch)
+                kept.append(1.0 - factor)
+                taken.append(factor * scale)
+    if not running:
         return
-    for running, batch, scale in ((bn.running_mean, mean, 1.0), (bn.running_var, var, pixels / (pixels - 1))):
-        if running is not None:
-            # in the batch's float32, also where the model's buffers are of 16 bits
-            moved = running.to(batch.dtype)
-            moved.mul_(1.0 - factor).add_(batch, alpha=factor * scale)
-            if moved is not running:
-                running.copy_(moved)
+    # in the batch's float32, also where the model's buffers are of 16 bits
+    moved = [buffer.to(batch.dtype) for buffer, batch in zip(running, batches, strict=True)]
+    torch._foreach_mul_(moved, kept)
+    torch._foreach_add_(moved, torch._foreach_mul(batches, taken))
+    if any(value is not buffer for buffer, value in zip(running, moved, strict=True)):
+        torch._foreach_copy_(running, moved)
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,28 @@ class Mlp(nn.Module):
             and idle(self.drop2)
         )
 
+    def fused(self, norm: nn.Module, gamma: torch.Tensor | None) -> dict[str, Any] | None:
+        """The arguments of :func:`layernorm_mlp` but x and residual, or None where a module inside is
+        observed, replaced or dropping."""
+        fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
+        if (
+            act is None
+            or not (idle(self.drop1) and idle(self.drop2))
+            or not (plain_norm(norm) and plain(fc1, nn.Linear) and plain(fc2, nn.Linear))
+        ):
+            return None
+        return {
+            "ln_weight": norm.weight,
+            "ln_bias": norm.bias,
+            "fc1_weight": fc1.weight,
+            "fc1_bias": fc1.bias,
+            "fc2_weight": fc2.weight,
+            "fc2_bias": fc2.bias,
+            "eps": norm.eps,
+            "act": act,
+            "gamma": gamma,
+        }
+
     def branch(
         self,
         x: torch.Tensor,
@@ -64,30 +87,9 @@ class Mlp(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``residual + gamma * mlp(norm(x))``, in as few launches as the modules' state allows."""
-        fc1, fc2 = self.fc1, self.fc2
-        act = fused_name(self.act)
-        if (
-            act is not None
-            and idle(self.drop1)
-            and idle(self.drop2)
-            and norm is not None
-            and plain_norm(norm)
-            and plain(fc1, nn.Linear)
-            and plain(fc2, nn.Linear)
-        ):
-            return layernorm_mlp(
-                x,
-                norm.weight,
-                norm.bias,
-                fc1.weight,
-                fc1.bias,
-                fc2.weight,
-                fc2.bias,
-                eps=norm.eps,
-                act=act,
-                gamma=gamma,
-                residual=residual,
-            )
+        if norm is not None and (fused := self.fused(norm, gamma)) is not None:
+            return layernorm_mlp(x, **fused, residual=residual)
+        fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(fc1, nn.Linear))
         if act is not None and plain(fc1, nn.Linear):

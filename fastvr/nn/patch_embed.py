@@ -18,6 +18,7 @@ class PatchEmbed(nn.Module):
         patch_size: (height, width) of a patch.
         in_chans: channels of the images.
         embed_dim: width of the tokens.
+        bias: whether the convolution has one.
     """
 
     def __init__(
@@ -26,13 +27,17 @@ class PatchEmbed(nn.Module):
         patch_size: tuple[int, int] = (16, 16),
         in_chans: int = 3,
         embed_dim: int = 768,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.img_size = img_size
         self.patch_size = patch_size
         self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj: nn.Module = nn.Conv2d(
+            in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] to [B, num_patches, embed_dim]."""

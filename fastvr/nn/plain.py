@@ -21,9 +21,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Whether ``module`` is exactly a ``kind`` whose call nobody observes or replaced."""
+    """Whether ``module`` is exactly a ``kind``, as an accelerated one is, and nobody observes its call."""
     return (
-        type(module) is kind
+        getattr(type(module), "_fastvr_accelerates", type(module)) is kind
         and not has_hooks(module)
         and "forward" not in module.__dict__
         and not _has_any_global_hook()

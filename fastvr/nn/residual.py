@@ -11,6 +11,7 @@ from torch import nn
 from fastvr import backend
 from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, dual_conv_bn_relu, plain_conv, pointwise
 from fastvr.nn.plain import plain
+from fastvr.nn.residual_training import train_block
 from fastvr.ops.bottleneck import Shortcut
 from fastvr.ops.bottleneck import bottleneck as bottleneck_op
 from fastvr.ops.bottleneck import bottleneck_chain as bottleneck_chain_op
@@ -43,6 +44,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, planes, H / stride, W / stride]."""
+        branch = ((self.conv1, self.bn1), (self.conv2, self.bn2))
+        fused = train_block(branch, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
         y = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
         return conv_bn_relu(self.conv2, self.bn2, self.relu, y, residual=_identity(self.downsample, x))
 
@@ -52,19 +57,32 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution, with torchvision's names; arguments as :class:`BasicBlock`."""
+    """A 1x1, a 3x3 and a 1x1 convolution, with torchvision's names; arguments as :class:`BasicBlock`, and
+
+    Args:
+        groups: of the 3x3 convolution (ResNeXt).
+        width_per_group: channels of each group over ``planes / 64`` (Wide ResNet, ResNeXt).
+    """
 
     expansion: ClassVar[int] = 4
 
     def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
-        self.conv1: nn.Module = conv1x1(inplanes, planes)
-        self.bn1: nn.Module = nn.BatchNorm2d(planes)
-        self.conv2: nn.Module = conv3x3(planes, planes, stride)
-        self.bn2: nn.Module = nn.BatchNorm2d(planes)
-        self.conv3: nn.Module = conv1x1(planes, planes * self.expansion)
+        width = int(planes * (width_per_group / 64)) * groups
+        self.conv1: nn.Module = conv1x1(inplanes, width)
+        self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.conv2: nn.Module = conv3x3(width, width, stride, groups)
+        self.bn2: nn.Module = nn.BatchNorm2d(width)
+        self.conv3: nn.Module = conv1x1(width, planes * self.expansion)
         self.bn3: nn.Module = nn.BatchNorm2d(planes * self.expansion)
         self.relu: nn.Module = nn.ReLU(inplace=True)
         self.downsample = downsample
@@ -72,6 +90,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, H / stride, W / stride]."""
+        branch = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        fused = train_block(branch, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
         return self.finish(conv_bn_relu(self.conv1, self.bn1, self.relu, x), x)[0]
 
     def finish(
@@ -148,8 +170,10 @@ def run_stage(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_planes, out_planes, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False
+    )
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -161,6 +185,9 @@ def _identity(downsample: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
         return x
     if _conv_and_norm(downsample):
         return conv_bn_relu(downsample[0], downsample[1], None, x)
+    if plain(downsample, nn.Sequential) and len(downsample) == 3:
+        # ResNet-D's: the pool or an identity first
+        return conv_bn_relu(downsample[1], downsample[2], None, downsample[0](x))
     y: torch.Tensor = downsample(x)
     return y
 

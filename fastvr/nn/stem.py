@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, plain_conv
+from fastvr.nn.conv_bn_relu import (
+    batch_norm,
+    conv_bn_relu,
+    convolve,
+    norm_act,
+    plain_conv,
+    takes_batch_statistics,
+    track,
+)
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
+from fastvr.ops.batch_norm_act_max_pool import batch_norm_act_max_pool, fuses_max_pool
 from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
 from fastvr.reference.image import normalize
 
@@ -24,8 +33,16 @@ def stem(
 ) -> torch.Tensor:
     """``maxpool(relu(bn(conv(x))))`` of images; uint8 ones become ``dtype`` by ``mean`` and ``std``.
 
-    One launch where ``bn`` normalises by its running statistics and no module is observed or replaced.
+    ``conv`` may be ResNet-D's: three 3x3 convolutions, the first two with BatchNorm and ReLU.
+
+    One launch where ``bn`` normalises by its running statistics and no module is observed or replaced; where
+    it does by the batch's own, everything behind the convolution is one op, if its kernels run.
     """
+    if plain(conv, nn.Sequential) and len(conv) == 7:
+        x, mean, std = normalize(x, mean, std, dtype), None, None
+        for first in (0, 3):
+            x = conv_bn_relu(conv[first], conv[first + 1], conv[first + 2], x)
+        conv = conv[6]
     norm = batch_norm(bn)
     if (
         norm is not None
@@ -47,4 +64,13 @@ def stem(
             mean=mean,
             std=std,
         )
-    return pool_map(maxpool, conv_bn_relu(conv, bn, relu, normalize(x, mean, std, dtype)))
+    image = normalize(x, mean, std, dtype)
+    if takes_batch_statistics(bn) and plain(relu, nn.ReLU) and plain_pool(maxpool):
+        made = convolve(conv, image)
+        pool = maxpool.kernel_size, maxpool.stride, maxpool.padding
+        if fuses_max_pool(made, bn, *pool):
+            y, batch_mean, batch_var = batch_norm_act_max_pool(made, bn.weight, bn.bias, *pool, eps=bn.eps)
+            track([bn], [(batch_mean, batch_var)], [made.numel() // made.shape[1]])
+            return y
+        return pool_map(maxpool, norm_act(bn, relu, made))
+    return pool_map(maxpool, conv_bn_relu(conv, bn, relu, image))

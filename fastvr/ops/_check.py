@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -60,6 +62,22 @@ def companion(
 def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def heads(op: str, num_heads: int) -> None:
+    """``num_heads`` is a positive int."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"{op}: num_heads must be a positive int; got {num_heads!r}")
+
+
+def scale(op: str, value: float | None, head_dim: int) -> float:
+    """``value`` as a finite float; that of scaled dot product attention where it is None."""
+    if value is None:
+        return float(head_dim**-0.5)
+    # not math.isfinite: torch.compile(dynamic=True) makes a symbol of the scale, and cannot trace that
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: scale must be a finite number or None; got {value!r}")
+    return float(value)
 
 
 def kernel_dtypes(*arguments: object) -> str | None:

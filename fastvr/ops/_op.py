@@ -48,19 +48,17 @@ class Gradient(Generic[_Arguments]):
     """An op's gradient, by kernels.
 
     Args:
-        saves: which of the op's arguments (by name) and results (by place) backward reads, for the arguments
-            that need a gradient. Nothing else is kept.
-        backward: called with the arguments, those that were not saved as a :class:`Kind`; the results, None
-            where not saved; the gradient of the first result, the only one that has one; and the names that
-            need a gradient. Returns gradients by name.
-        unread: what of ``saves`` is not read, hence not kept, with these arguments.
+        saves: called with the arguments and the names of those that need a gradient: which arguments (by
+            name) and results (by place) backward reads. Nothing else is kept.
+        backward: called with the arguments, those that were not saved as a :class:`Kind`, and one that was an
+            earlier one as that very object; the results, None where not saved; the gradient of the first
+            result, the only one that has one; and the names that need a gradient. Returns gradients by name.
     """
 
-    saves: Callable[[frozenset[str]], Iterable[str | int]]
+    saves: Callable[[_Arguments, frozenset[str]], Iterable[str | int]]
     backward: Callable[
-        [_Arguments, tuple[Any, ...], torch.Tensor, frozenset[str]], Mapping[str, torch.Tensor]
+        [_Arguments, tuple[Any, ...], torch.Tensor, frozenset[str]], Mapping[str, torch.Tensor | None]
     ]
-    unread: Callable[[_Arguments], Iterable[str | int]] = lambda arguments: ()
 
 
 class Kind(NamedTuple):
@@ -170,7 +168,10 @@ class Op(Generic[_Result]):
         if not self.differentiable and torch.is_grad_enabled() and _any_requires_grad(args):
             raise NotImplementedError(f"fastvr.{self.name} has no gradient: call it under torch.no_grad()")
         if self.training is not None and torch.is_grad_enabled() and _any_requires_grad(args):
-            return self._train(self.training, args)
+            if self.training.trains(*args):
+                return self.training(*args)[0]  # type: ignore[no-any-return]
+            # by PyTorch's own backward, which keeps what it needs in its own way
+            return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         # sizes may be symbols there, and a fake tensor's GPU may not exist: neither can be looked up
         if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
             if self.parts is not None:
@@ -209,23 +210,24 @@ class Op(Generic[_Result]):
             return True
         return self._kernel_runs(args, device)
 
+    def trains(self, *args: Any) -> bool:
+        """Whether a gradient is needed and this op, the training form of others, runs by its kernel. What
+        runs has to be known here, so a compiler gets it only where kernels are forced."""
+        if not (torch.is_grad_enabled() and _any_requires_grad(args)):
+            return False
+        device = args[0].device
+        if not backend.kernels_possible(device):
+            return False
+        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
+            return backend.current_backend() == "triton"
+        return self._kernel_runs(args, device)
+
     def where_supported(self, *args: Any) -> _Result:
         """As called, but PyTorch also in the mode "triton" where no kernel takes the arguments: for gradients
         of what a kernel did compute."""
         if self.unsupported(*args) is not None:
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         return self(*args)
-
-    def _train(self, training: Op[Any], args: tuple[Any, ...]) -> _Result:
-        """Where PyTorch runs instead, then with its own backward: it keeps what it needs in its own way. A
-        compiler gets that too unless kernels are forced, since what runs has to be known here."""
-        device = args[0].device
-        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
-            forced = backend.current_backend() == "triton"
-            return training(*args)[0] if forced else self.reference(*args)
-        if backend.kernels_possible(device) and training._kernel_runs(args, device):
-            return training(*args)[0]  # type: ignore[no-any-return]
-        return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
 
     def _operator(self, args: tuple[Any, ...]) -> _Result:
         return self.overload(*args)  # type: ignore[no-any-return]
@@ -269,13 +271,14 @@ class Op(Generic[_Result]):
         results = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*results[1:])
         names = [argument.name for argument in self.overload._schema.arguments]
-        saves = set(self._gradient.saves(self._needs(ctx)))
-        saves -= set(self._gradient.unread(self._arguments(*inputs)))
+        saves = set(self._gradient.saves(self._arguments(*inputs), self._needs(ctx)))
         kept: dict[str | int, torch.Tensor] = {}
-        ctx.others = {}
+        ctx.others, ctx.repeated = {}, {}
         for name, value in [*zip(names, inputs, strict=True), *enumerate(results)]:
             if not isinstance(value, torch.Tensor):
                 ctx.others[name] = value
+            elif (first := next((other for other in kept if kept[other] is value), None)) is not None:
+                ctx.repeated[name] = first
             elif name in saves:
                 kept[name] = value
             else:
@@ -297,6 +300,7 @@ class Op(Generic[_Result]):
         if grad is None:
             return (None,) * len(names)
         values = ctx.others | dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        values |= {name: values[first] for name, first in ctx.repeated.items()}
         results = tuple(values[i] for i in range(len(values) - len(names)))
         needs = self._needs(ctx)
         with _no_autocast(grad.device):

@@ -3,7 +3,6 @@ queries that come by themselves. With `_training` they also leave what their gra
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -40,13 +39,13 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
         ValueError: an argument's shape, dtype or value; the message names it.
     """
     _check.operand("attention", "qkv", qkv)
-    _check_heads("attention", num_heads)
+    _check.heads("attention", num_heads)
     if qkv.dim() != 3 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"attention: qkv must be [B, N, 3 * num_heads * head_dim] with num_heads={num_heads}; "
             f"got {list(qkv.shape)}"
         )
-    scale = _checked_scale("attention", scale, qkv.shape[-1] // (3 * num_heads))
+    scale = _check.scale("attention", scale, qkv.shape[-1] // (3 * num_heads))
     if (dtype := _check.autocast_dtype(qkv.device)) is not None:
         qkv = _check.cast(qkv, dtype)
     return ATTENTION(qkv, num_heads, scale)
@@ -78,7 +77,7 @@ def attention_kv(
     """
     _check.operand("attention_kv", "q", q)
     _check.operand("attention_kv", "kv", kv)
-    _check_heads("attention_kv", num_heads)
+    _check.heads("attention_kv", num_heads)
     if q.dim() != 3 or q.shape[-1] == 0 or q.shape[-1] % num_heads:
         raise ValueError(
             f"attention_kv: q must be [B, M, num_heads * head_dim] with num_heads={num_heads}; "
@@ -87,25 +86,11 @@ def attention_kv(
     batch, _, width = q.shape
     if kv.dim() != 3 or kv.shape[0] != batch or kv.shape[1] == 0 or kv.shape[2] != 2 * width:
         raise ValueError(f"attention_kv: kv must be [{batch}, N, {2 * width}], N > 0; got {list(kv.shape)}")
-    scale = _checked_scale("attention_kv", scale, width // num_heads)
+    scale = _check.scale("attention_kv", scale, width // num_heads)
     if (dtype := _check.autocast_dtype(q.device)) is not None:
         q, kv = _check.cast(q, dtype), _check.cast(kv, dtype)
     _check.companion("attention_kv", "kv", kv, tuple(kv.shape), q, dtype=q.dtype)
     return ATTENTION_KV(q, kv, num_heads, scale)
-
-
-def _check_heads(op: str, num_heads: int) -> None:
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"{op}: num_heads must be a positive int; got {num_heads!r}")
-
-
-def _checked_scale(op: str, scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return float(head_dim**-0.5)
-    # not math.isfinite: torch.compile(dynamic=True) makes a symbol of the scale, and cannot trace that
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        raise ValueError(f"{op}: scale must be a finite number or None; got {scale!r}")
-    return float(scale)
 
 
 def table_key(
@@ -306,7 +291,7 @@ ATTENTION_TRAINING = Op(
     measured=_measured_training,
     cost=_cost_training,
     returns="(Tensor, Tensor)",
-    gradient=Gradient(saves=lambda needs: ("qkv", 0, 1), backward=_backward),
+    gradient=Gradient(saves=lambda a, needs: ("qkv", 0, 1), backward=_backward),
 )
 ATTENTION_KV_TRAINING = Op(
     "attention_kv_training",
@@ -319,7 +304,7 @@ ATTENTION_KV_TRAINING = Op(
     measured=_measured_kv_training,
     cost=_cost_kv_training,
     returns="(Tensor, Tensor)",
-    gradient=Gradient(saves=lambda needs: ("q", "kv", 0, 1), backward=_backward_kv),
+    gradient=Gradient(saves=lambda a, needs: ("q", "kv", 0, 1), backward=_backward_kv),
 )
 
 
@@ -346,7 +331,7 @@ ATTENTION = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
-    gradient=Gradient(saves=lambda needs: ("qkv",), backward=_backward_of_traced),
+    gradient=Gradient(saves=lambda a, needs: ("qkv",), backward=_backward_of_traced),
     training=ATTENTION_TRAINING,
 )
 ATTENTION_KV = Op(
@@ -359,6 +344,6 @@ ATTENTION_KV = Op(
     unsupported=_unsupported_kv,
     measured=_measured_kv,
     cost=_cost_kv,
-    gradient=Gradient(saves=lambda needs: ("q", "kv"), backward=_backward_of_traced_kv),
+    gradient=Gradient(saves=lambda a, needs: ("q", "kv"), backward=_backward_of_traced_kv),
     training=ATTENTION_KV_TRAINING,
 )

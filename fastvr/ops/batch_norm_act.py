@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,16 @@ def batch_norm_act(
             all has no variance: as PyTorch says it.
     """
     op = "batch_norm_act"
+    check_batch_norm_act(op, x, weight, bias, eps)
+    _check.companion(op, "residual", residual, tuple(x.shape), x)
+    _check.choice(op, "act", act, ACTIVATIONS)
+    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
+
+
+def check_batch_norm_act(
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> None:
+    """What the ops of BatchNorm in training share."""
     _check.operand(op, "x", x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be [N, C, H, W]; got {list(x.shape)}")
@@ -63,9 +74,6 @@ def batch_norm_act(
     _check.companion(op, "bias", bias, (x.shape[1],), x, dtype=weight.dtype)
     if not eps > 0:
         raise ValueError(f"{op}: eps must be above 0; got {eps}")
-    _check.companion(op, "residual", residual, tuple(x.shape), x)
-    _check.choice(op, "act", act, ACTIVATIONS)
-    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
 
 
 def fuses_batch_norm_act(
@@ -84,41 +92,76 @@ def fuses_batch_norm_act(
     )
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def map_rows(x: torch.Tensor) -> torch.Tensor:
     """The pixels of a map, [M, C]; a copy where they are not channels_last."""
     pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     return pixels.reshape(-1, x.shape[1])
 
 
-def _map_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def map_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return backend.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _table_key(op: str, x: torch.Tensor) -> str:
-    c = x.shape[1]
-    return tuning.key(op, x.dtype, m=tuning.bucket(x.numel() // c), c=c)
+def table_key(op: str, dtype: torch.dtype, shape: Sequence[int]) -> str:
+    n, c, h, w = shape
+    return tuning.key(op, dtype, m=tuning.bucket(n * h * w), c=c)
 
 
-def _config(op: str, x: torch.Tensor) -> tuning.Config:
-    from fastvr.kernels.batch_norm_act import candidate_configs, default_config
+def row_config(op: str, x: torch.Tensor) -> tuning.Config:
+    from fastvr.kernels.batch_norm_stats import candidate_configs, default_config
 
     c, arch = x.shape[1], backend.architecture(x.device)
     return tuning.config(
         op,
-        _table_key(op, x),
+        table_key(op, x.dtype, x.shape),
         x.device,
         default=lambda: default_config(c, x.dtype, arch),
         candidates=lambda: candidate_configs(c, x.dtype, arch),
     )
 
 
-def _parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> torch.Tensor:
+def reduction_parts(rows: torch.Tensor, sums: int, config: tuning.Config) -> torch.Tensor:
     """What the programs that reduce leave: ``sums`` values of each channel from each."""
-    from fastvr.kernels.batch_norm_act import rows_a_part
+    from fastvr.kernels.batch_norm_stats import rows_a_part
 
     m, c = rows.shape
     size = (-(-m // rows_a_part(m, c, config)), sums, c)
     return backend.empty(size, dtype=torch.float32, device=rows.device)
+
+
+def measure(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> None:
+    """Each channel's mean and biased variance, written to ``mean`` and ``var``."""
+    from fastvr.kernels.batch_norm_stats import launch_batch_norm_stats
+
+    rows, config = map_rows(x), row_config("batch_norm_act", x)
+    launch_batch_norm_stats(x=rows, parts=reduction_parts(rows, 3, config), mean=mean, var=var, config=config)
+
+
+def normalise(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """``relu((x - mean) / sqrt(var + eps) * weight + bias)`` by the kernel, of statistics that are known."""
+    from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd
+
+    y = map_like(x, x.dtype)
+    launch_batch_norm_act_fwd(
+        x=map_rows(x),
+        mean=mean,
+        var=var,
+        weight=weight.contiguous(),
+        bias=bias.contiguous(),
+        residual=None,
+        y=map_rows(y),
+        eps=eps,
+        act="relu",
+        config=row_config("batch_norm_act", x),
+    )
+    return y
 
 
 def _unsupported(x: torch.Tensor, *others: object) -> str | None:
@@ -137,20 +180,20 @@ class Arguments(NamedTuple):
 def _kernel(a: Arguments) -> _Statistics:
     from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd
 
-    y = _map_like(a.x, result_dtype(a.x, a.residual))
+    y = map_like(a.x, result_dtype(a.x, a.residual))
     mean, var = (backend.empty((a.x.shape[1],), dtype=torch.float32, device=a.x.device) for _ in range(2))
     if a.x.numel() == 0:
         return y, mean.zero_(), var.zero_()
-    rows, config = _rows(a.x), _config("batch_norm_act", a.x)
+    rows, config = map_rows(a.x), row_config("batch_norm_act", a.x)
+    measure(a.x, mean, var)
     launch_batch_norm_act_fwd(
         x=rows,
-        weight=a.weight.contiguous(),
-        bias=a.bias.contiguous(),
-        residual=None if a.residual is None else _rows(a.residual),
-        parts=_parts(rows, 3, config),
         mean=mean,
         var=var,
-        y=_rows(y),
+        weight=a.weight.contiguous(),
+        bias=a.bias.contiguous(),
+        residual=None if a.residual is None else map_rows(a.residual),
+        y=map_rows(y),
         eps=a.eps,
         act=a.act,
         config=config,
@@ -173,6 +216,7 @@ class BackwardArguments(NamedTuple):
     mean: torch.Tensor
     var: torch.Tensor
     weight: torch.Tensor
+    bias: torch.Tensor | None
     eps: float
     needs_x: bool
     needs_parameters: bool
@@ -191,33 +235,34 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         for dtype in (a.x.dtype, a.weight.dtype, a.weight.dtype, a.grad.dtype)
     )
     if a.needs_x:
-        dx = _map_like(a.x, a.x.dtype)
+        dx = map_like(a.x, a.x.dtype)
     if a.needs_parameters:
         dweight, dbias = (
             backend.empty(a.weight.shape, dtype=a.weight.dtype, device=a.x.device) for _ in range(2)
         )
     if a.needs_residual:
-        dresidual = _map_like(a.x, a.grad.dtype)
+        dresidual = map_like(a.x, a.grad.dtype)
     if a.x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
-    rows, config = _rows(a.x), _config("batch_norm_act_backward", a.x)
+    rows, config = map_rows(a.x), row_config("batch_norm_act_backward", a.x)
     parts = sums = None
     if a.needs_x or a.needs_parameters:
-        parts = _parts(rows, 2, config)
+        parts = reduction_parts(rows, 2, config)
         sums = backend.empty((2, a.x.shape[1]), dtype=torch.float32, device=a.x.device)
     launch_batch_norm_act_bwd(
-        grad=_rows(a.grad),
+        grad=map_rows(a.grad),
         x=rows,
-        y=None if a.y is None else _rows(a.y),
+        y=None if a.y is None else map_rows(a.y),
         mean=a.mean,
         var=a.var,
         weight=a.weight.contiguous(),
+        bias=_check.dense(a.bias),
         parts=parts,
         sums=sums,
-        dx=_rows(dx) if a.needs_x else None,
+        dx=map_rows(dx) if a.needs_x else None,
         dweight=dweight if a.needs_parameters else None,
         dbias=dbias if a.needs_parameters else None,
-        dresidual=_rows(dresidual) if a.needs_residual else None,
+        dresidual=map_rows(dresidual) if a.needs_residual else None,
         eps=a.eps,
         config=config,
     )
@@ -236,14 +281,16 @@ def _backward_fake(a: BackwardArguments) -> _Gradients:
 
 BATCH_NORM_ACT_BACKWARD = Op(
     "batch_norm_act_backward",
-    "Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, float eps, bool needs_x, "
-    "bool needs_parameters, bool needs_residual",
+    "Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, Tensor? bias, float eps, "
+    "bool needs_x, bool needs_parameters, bool needs_residual",
     arguments=BackwardArguments,
     kernel=_backward_kernel,
     reference=reference.batch_norm_act_backward,
     fake=_backward_fake,
     unsupported=lambda a: _unsupported(a.x, *a),
-    measured=lambda a: tuning.choice(_table_key("batch_norm_act_backward", a.x), a.x.device, "triton"),
+    measured=lambda a: tuning.choice(
+        table_key("batch_norm_act_backward", a.x.dtype, a.x.shape), a.x.device, "triton"
+    ),
     cost=lambda a: Cost(0, nbytes(a) + nbytes(_backward_fake(a))),
     returns="(Tensor, Tensor, Tensor, Tensor)",
     differentiable=False,
@@ -259,16 +306,24 @@ def _backward(
     y, mean, var = results
     parameters = bool(needs & {"weight", "bias"})
     # without an activation nothing stands between the residual and the result
-    masked = "residual" in needs and y is not None
+    masked = "residual" in needs and a.act == "relu"
+    bias = a.bias if a.act == "relu" and a.residual is None else None
     found = {"residual": grad}
     if "x" in needs or parameters or masked:
         dx, dweight, dbias, dresidual = BATCH_NORM_ACT_BACKWARD.where_supported(
-            grad, a.x, y, mean, var, a.weight, a.eps, "x" in needs, parameters, masked
+            grad, a.x, y, mean, var, a.weight, bias, a.eps, "x" in needs, parameters, masked
         )
         found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual if masked else grad}
     if a.residual is not None:
         found["residual"] = found["residual"].to(a.residual.dtype)
     return found
+
+
+def _saves(a: Arguments, needs: frozenset[str]) -> tuple[str | int, ...]:
+    """The result only shows where the activation let through; without a residual x and the bias tell too."""
+    if a.act == "none":
+        return "x", "weight", 1, 2
+    return ("x", "weight", 1, 2, "bias" if a.residual is None else 0)
 
 
 BATCH_NORM_ACT = Op(
@@ -280,13 +335,13 @@ BATCH_NORM_ACT = Op(
     fake=_fake,
     unsupported=lambda a: _unsupported(*a),
     # without a measurement PyTorch's own runs
-    measured=lambda a: tuning.choice(_table_key("batch_norm_act", a.x), a.x.device, "reference"),
+    measured=lambda a: tuning.choice(
+        table_key("batch_norm_act", a.x.dtype, a.x.shape), a.x.device, "reference"
+    ),
     cost=lambda a: Cost(0, nbytes(a) + nbytes(_fake(a))),
     returns="(Tensor, Tensor, Tensor)",
     gradient=Gradient(
-        saves=lambda needs: ("x", "weight", 0, 1, 2),
+        saves=_saves,
         backward=_backward,
-        # the result only shows where the activation let through
-        unread=lambda a: () if a.act == "relu" else (0,),
     ),
 )

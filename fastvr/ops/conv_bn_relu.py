@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
-from fastvr.ops._op import Cost, Op, nbytes
+from fastvr.ops._convolution import convolution_gradients
+from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
@@ -176,7 +177,13 @@ def _wide(t: torch.Tensor) -> bool:
 
 
 def table_key(
-    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], groups: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    *,
+    op: str = "conv_bn_relu",
 ) -> str:
     n, o, oh, ow = _output_shape(x, weight, stride, padding)
     _, c, kh, kw = weight.shape
@@ -191,7 +198,7 @@ def table_key(
     }
     if x.dtype == torch.uint8:
         sizes["u8"] = 1
-    return tuning.key("conv_bn_relu", weight.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
+    return tuning.key(op, weight.dtype, **sizes, g=groups, gathered=int(gathered(x, weight)))
 
 
 class Arguments(NamedTuple):
@@ -211,14 +218,21 @@ class Arguments(NamedTuple):
     std: torch.Tensor | None
 
 
+def empty_result(a: Arguments) -> torch.Tensor:
+    return backend.empty(
+        _output_shape(a.x, a.weight, a.stride, a.padding),
+        dtype=result_dtype(a.weight, a.residual),
+        device=a.x.device,
+        memory_format=torch.channels_last,
+    )
+
+
 def _kernel(a: Arguments) -> torch.Tensor:
     from fastvr.kernels.conv_bn_relu import candidate_configs, default_config, launch_conv_bn_relu_fwd
     from fastvr.kernels.conv_boxes import launch_conv_boxes_fwd, takes_boxes
 
-    n, o, oh, ow = shape = _output_shape(a.x, a.weight, a.stride, a.padding)
-    y = backend.empty(
-        shape, dtype=result_dtype(a.weight, a.residual), device=a.x.device, memory_format=torch.channels_last
-    )
+    y = empty_result(a)
+    n, o, oh, ow = y.shape
     if n == 0:
         return y
     pixels, terms, dtype = n * oh * ow, math.prod(a.weight.shape[1:]), a.weight.dtype
@@ -235,7 +249,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         ),
         candidates=lambda: candidate_configs(dtype, arch, gathered=scalar, boxes=boxes(), m=pixels),
     )
-    epilogue = {
+    epilogue: dict[str, Any] = {
         "bn_weight": _check.dense(a.bn_weight),
         "bn_bias": _check.dense(a.bn_bias),
         "running_mean": _check.dense(a.running_mean),
@@ -314,6 +328,59 @@ def _cost(a: Arguments) -> Cost:
     )
 
 
+_VENDORS = frozenset({"x", "weight", "bn_bias", "residual"})
+
+
+def _saves(a: Arguments, needs: frozenset[str]) -> list[str | int]:
+    if needs - _VENDORS:
+        return list(Arguments._fields)
+    # the result only shows where the activation let through
+    found: list[str | int] = ["weight", 0] if a.act == "relu" else ["weight"]
+    if needs & {"x", "weight"}:
+        found += ["bn_weight", "running_var"]
+    if "weight" in needs:
+        found += ["x", "mean", "std"]
+    return found
+
+
+def _backward(
+    a: Arguments, results: tuple[torch.Tensor | None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """By the vendor's convolutions, but for BatchNorm's weight and statistics: only these read the product,
+    which is made again for them."""
+    if needs - _VENDORS:
+        wanted = [name for name in Arguments._fields if name in needs]
+        places = [Arguments._fields.index(name) for name in wanted]
+        return dict(zip(wanted, reference_gradients(reference, a, grad, places), strict=True))
+    if (y := results[0]) is not None:
+        # a NaN lets the gradient through
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    found = {}
+    if "residual" in needs:
+        assert a.residual is not None
+        found["residual"] = grad.to(a.residual.dtype)
+    if "bn_bias" in needs:
+        assert a.bn_bias is not None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        found["bn_bias"] = grad.sum((0, 2, 3), dtype=wide).to(a.bn_bias.dtype)
+    if needs & {"x", "weight"}:
+        scale = a.bn_weight
+        if a.running_var is not None:
+            wide = torch.promote_types(a.running_var.dtype, torch.float32)
+            rstd = (a.running_var.to(wide) + a.eps).rsqrt()
+            scale = rstd if scale is None else scale.to(wide) * rstd
+        if scale is not None:
+            grad = grad * scale[:, None, None]
+        dtype = a.weight.dtype
+        x = normalize(a.x, a.mean, a.std, dtype) if "weight" in needs else a.x
+        dx, dweight = convolution_gradients(
+            grad.to(dtype), x, a.weight, a.stride, a.padding, a.groups,
+            needs_x="x" in needs, needs_weight="weight" in needs,
+        )  # fmt: skip
+        found |= {name: g for name, g in (("x", dx), ("weight", dweight)) if g is not None}
+    return found
+
+
 CONV_BN_RELU = Op(
     "conv_bn_relu",
     "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, Tensor? running_var, "
@@ -327,4 +394,8 @@ CONV_BN_RELU = Op(
     measured=_measured,
     cost=_cost,
     vendor=_vendor,
+    gradient=Gradient(
+        saves=_saves,
+        backward=_backward,
+    ),
 )

@@ -129,6 +129,7 @@ class BackwardArguments(NamedTuple):
     grad: torch.Tensor
     x: torch.Tensor
     weight: torch.Tensor
+    residual: torch.Tensor | None
     eps: float
     needs_x: bool
     needs_parameters: bool
@@ -179,6 +180,7 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         grad=grads,
         x=rows,
         weight=a.weight.contiguous(),
+        residual=unit_rows(a.residual) if a.needs_x else None,
         dx=dx.view(rows.shape) if a.needs_x else None,
         parts=parts,
         dweight=dweight if a.needs_parameters else None,
@@ -193,6 +195,7 @@ def _backward_reference(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    residual: torch.Tensor | None,
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
@@ -201,7 +204,10 @@ def _backward_reference(
     args = (x, weight, torch.zeros_like(weight), eps, grad.dtype)
     found = dict(zip(wanted, reference_gradients(reference, args, grad, wanted), strict=True))
     dweight, dbias = (found.get(i, weight.new_empty(0)) for i in (1, 2))
-    return found.get(0, x.new_empty(0)), dweight, dbias
+    dx = found.get(0, x.new_empty(0))
+    if needs_x and residual is not None:
+        dx = (dx + residual).to(x.dtype)
+    return dx, dweight, dbias
 
 
 def _backward_fake(a: BackwardArguments) -> _Gradients:
@@ -223,7 +229,7 @@ def _backward_cost(a: BackwardArguments) -> Cost:
 
 LAYER_NORM_BACKWARD = Op(
     "layer_norm_backward",
-    "Tensor grad, Tensor x, Tensor weight, float eps, bool needs_x, bool needs_parameters",
+    "Tensor grad, Tensor x, Tensor weight, Tensor? residual, float eps, bool needs_x, bool needs_parameters",
     arguments=BackwardArguments,
     kernel=_backward_kernel,
     reference=_backward_reference,
@@ -236,11 +242,36 @@ LAYER_NORM_BACKWARD = Op(
 )
 
 
+def norm_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    needs: frozenset[str],
+    residual: torch.Tensor | None,
+    grad_residual: torch.Tensor,
+) -> dict[str, torch.Tensor | None]:
+    """Gradients of x, ln_weight, ln_bias and residual in ``residual + branch(norm(x))``, by that of what the
+    norm gave, ``grad`` [M, N]. Where the residual is x itself, one launch adds both."""
+    shared = residual is x and "x" in needs
+    dx, dweight, dbias = LAYER_NORM_BACKWARD.where_supported(
+        grad.view(x.shape),
+        x,
+        weight,
+        grad_residual if shared else None,
+        eps,
+        "x" in needs,
+        bool(needs & {"ln_weight", "ln_bias"}),
+    )
+    dresidual = None if shared or residual is None else grad_residual.to(residual.dtype)
+    return {"x": dx, "ln_weight": dweight, "ln_bias": dbias, "residual": dresidual}
+
+
 def _backward(
     a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor]:
     parameters = bool(needs & {"weight", "bias"})
-    args = (grad, a.x, a.weight, a.eps, "x" in needs, parameters)
+    args = (grad, a.x, a.weight, None, a.eps, "x" in needs, parameters)
     dx, dweight, dbias = LAYER_NORM_BACKWARD.where_supported(*args)
     return {"x": dx, "weight": dweight, "bias": dbias}
 
@@ -255,5 +286,5 @@ LAYER_NORM = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
-    gradient=Gradient(saves=lambda needs: ("x", "weight"), backward=_backward),
+    gradient=Gradient(saves=lambda a, needs: ("x", "weight"), backward=_backward),
 )

@@ -6,17 +6,20 @@ with LayerScale and residual.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
-from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.ops.layer_norm import LAYER_NORM, check_norm
-from fastvr.ops.linear import LINEAR, as_rows, gemm, result_dtype, unit_rows
+from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
+from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype, unit_rows
+from fastvr.ops.linear_act_backward import LINEAR_ACT_BACKWARD
+from fastvr.ops.linear_backward import Norm, bias_gradient, parameter_gradients, with_gamma
 from fastvr.reference.layernorm_mlp import layernorm_mlp as reference
-from fastvr.reference.linear import ACTIVATIONS
+from fastvr.reference.layernorm_mlp import layernorm_mlp_training as reference_training
+from fastvr.reference.linear import ACTIVATIONS, activate
 
 
 def layernorm_mlp(
@@ -54,6 +57,38 @@ def layernorm_mlp(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
+    return LAYERNORM_MLP(
+        *checked(
+            x,
+            ln_weight,
+            ln_bias,
+            fc1_weight,
+            fc1_bias,
+            fc2_weight,
+            fc2_bias,
+            eps=eps,
+            act=act,
+            gamma=gamma,
+            residual=residual,
+        )
+    )
+
+
+def checked(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor | None,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor | None,
+    *,
+    eps: float = 1e-6,
+    act: str = "gelu",
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> Arguments:
+    """The arguments of :func:`layernorm_mlp`, found good, and as autocast has them."""
     op = "layernorm_mlp"
     check_norm(op, x, ln_weight, ln_bias, eps, ("ln_weight", "ln_bias"))
     _check.operand(op, "fc1_weight", fc1_weight)
@@ -76,7 +111,7 @@ def layernorm_mlp(
     _check.companion(op, "gamma", gamma, (n,), x)
     _check.companion(op, "residual", residual, (*x.shape[:-1], n), x)
     _check.choice(op, "act", act, ACTIVATIONS)
-    return LAYERNORM_MLP(
+    return Arguments(
         x,
         ln_weight,
         ln_bias,
@@ -103,6 +138,12 @@ class Arguments(NamedTuple):
     residual: torch.Tensor | None
     eps: float
     act: str
+
+
+_PARAMETERS = (
+    "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
+    "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act"
+)
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
@@ -148,12 +189,12 @@ def _vendor(a: Arguments) -> torch.Tensor | None:
     return LINEAR(hidden, a.fc2_weight, a.fc2_bias, a.gamma, a.residual, "none")
 
 
-def _fake(a: Arguments) -> torch.Tensor:
+def _fake(a: Arguments, device: str | None = None) -> torch.Tensor:
     dtype = result_dtype(a.fc1_weight, a.gamma, a.residual)
-    return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]), dtype=dtype)
+    return a.x.new_empty((*a.x.shape[:-1], a.fc2_weight.shape[0]), dtype=dtype, device=device)
 
 
-def _unsupported(a: Arguments) -> str | None:
+def unsupported(a: Arguments) -> str | None:
     if a.x.shape[-1] == 0:
         return "x has no features"
     return _check.kernel_dtypes(*a)
@@ -182,16 +223,154 @@ def _cost(a: Arguments) -> Cost:
     )
 
 
+_Trained = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def kernel_training(a: Arguments) -> _Trained:
+    """fc1 leaves what the activation is given, and fc2 activates it on its way in: what the activation gives
+    need not be kept, nor written."""
+    y, hidden, moments = (
+        backend.empty(t.shape, dtype=t.dtype, device=a.x.device) for t in fake_training(a, "meta")
+    )
+    if y.numel() == 0:
+        return y, hidden, moments
+    gemm(
+        "layernorm_linear",
+        x=as_rows(a.x),
+        weight=a.fc1_weight,
+        bias=_check.dense(a.fc1_bias),
+        ln_weight=a.ln_weight.contiguous(),
+        ln_bias=_check.dense(a.ln_bias),
+        y=hidden,
+        moments=moments,
+        act="none",
+        eps=a.eps,
+    )
+    gemm(
+        "act_linear",
+        x=hidden,
+        weight=a.fc2_weight,
+        bias=_check.dense(a.fc2_bias),
+        gamma=_check.dense(a.gamma),
+        residual=unit_rows(a.residual),
+        y=y.view(-1, y.shape[-1]),
+        x_act=a.act,
+        act="none",
+    )
+    return y, hidden, moments
+
+
+def fake_training(a: Arguments, device: str | None = None) -> _Trained:
+    m, hidden = a.x.numel() // max(a.x.shape[-1], 1), a.fc1_weight.shape[0]
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    moments = a.x.new_empty((m, 2), dtype=wide, device=device)
+    return _fake(a, device), a.fc1_weight.new_empty((m, hidden), device=device), moments
+
+
+def _measured_training(a: Arguments) -> str:
+    hidden, features = a.fc1_weight.shape
+    m = a.x.numel() // max(features, 1)
+    key = tuning.key("layernorm_mlp_training", a.fc1_weight.dtype, m=tuning.bucket(m), n=hidden, k=features)
+    return tuning.choice(key, a.x.device, "reference")
+
+
+def cost_training(a: Arguments) -> Cost:
+    cost = _cost(a)
+    return Cost(cost.flops, cost.bytes + nbytes(fake_training(a)[2:]))
+
+
+_NORM = frozenset({"x", "ln_weight", "ln_bias"})
+_BEFORE_THE_ACTIVATION = _NORM | {"fc1_weight", "fc1_bias"}
+
+
+def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
+    saves: set[str | int] = set()
+    if needs & _BEFORE_THE_ACTIVATION:
+        saves |= {"fc2_weight", "gamma", 1}
+    if needs & _NORM:
+        saves |= {"x", "ln_weight", "fc1_weight"}
+    if "fc1_weight" in needs:
+        saves |= {"x", "ln_weight", "ln_bias", 2}
+    if needs & {"fc2_weight", "fc2_bias"}:
+        saves.add("gamma")
+    if needs & {"fc2_weight", "gamma"}:
+        saves.add(1)
+    if "gamma" in needs:
+        saves |= {"fc2_weight", "fc2_bias", "gamma"}
+    return saves
+
+
+def backward(
+    a: Arguments, results: tuple[Any, torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    _, hidden, moments = results
+    found: dict[str, torch.Tensor | None] = {}
+    rows = as_rows(grad)
+    branch = rows.to(a.fc1_weight.dtype)
+    weighs = bool(needs & {"fc2_weight", "gamma"})
+    activated = dhidden = None
+    if needs & _BEFORE_THE_ACTIVATION:
+        weight = with_gamma(a.fc2_weight, a.gamma)
+        dhidden, activated = LINEAR_ACT_BACKWARD.where_supported(branch, weight, hidden, a.act, weighs)
+    elif weighs:
+        activated = activate(hidden.clone(), a.act)
+    if activated is not None and weighs:
+        of_fc2 = parameter_gradients(
+            branch, activated, a.fc2_weight, a.fc2_bias, a.gamma, "fc2_bias" in needs, "gamma" in needs
+        )
+        found |= {"fc2_weight": of_fc2.weight, "fc2_bias": of_fc2.bias, "gamma": of_fc2.gamma}
+    elif "fc2_bias" in needs:
+        found["fc2_bias"] = bias_gradient(branch, a.gamma)
+    if dhidden is not None and "fc1_weight" in needs:
+        norm = Norm(a.ln_weight, a.ln_bias, moments)
+        of_fc1 = parameter_gradients(
+            dhidden, as_rows(a.x), a.fc1_weight, None, None, "fc1_bias" in needs, norm=norm
+        )
+        found |= {"fc1_weight": of_fc1.weight, "fc1_bias": of_fc1.bias}
+    elif dhidden is not None and "fc1_bias" in needs:
+        found["fc1_bias"] = bias_gradient(dhidden, None)
+    if dhidden is not None and needs & _NORM:
+        found |= norm_gradients(
+            input_gradient(dhidden, a.fc1_weight, None), a.x, a.ln_weight, a.eps, needs, a.residual, grad
+        )
+    elif a.residual is not None:
+        found["residual"] = grad.to(a.residual.dtype)
+    return found
+
+
+LAYERNORM_MLP_TRAINING = Op(
+    "layernorm_mlp_training",
+    _PARAMETERS,
+    arguments=Arguments,
+    kernel=kernel_training,
+    reference=reference_training,
+    fake=fake_training,
+    unsupported=unsupported,
+    measured=_measured_training,
+    cost=cost_training,
+    returns="(Tensor, Tensor, Tensor)",
+    gradient=Gradient(saves=saves_of, backward=backward),
+)
+
+
+# A traced program holds the operator itself, and somebody may differentiate it later
+def _backward_of_traced(
+    a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    return backward(a, LAYERNORM_MLP_TRAINING(*a), grad, needs)
+
+
 LAYERNORM_MLP = Op(
     "layernorm_mlp",
-    "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-    "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act",
+    _PARAMETERS,
     arguments=Arguments,
     kernel=_kernel,
     reference=reference,
     fake=_fake,
-    unsupported=_unsupported,
+    unsupported=unsupported,
     measured=_measured,
     cost=_cost,
     vendor=_vendor,
+    gradient=Gradient(saves=lambda a, needs: Arguments._fields, backward=_backward_of_traced),
+    training=LAYERNORM_MLP_TRAINING,
 )

@@ -10,8 +10,9 @@ import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
-from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.reference.linear import ACTIVATIONS
+from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
+from fastvr.ops.linear_backward import bias_gradient, parameter_gradients, with_gamma
+from fastvr.reference.linear import ACTIVATIONS, activate
 from fastvr.reference.linear import linear as reference
 
 if TYPE_CHECKING:
@@ -196,6 +197,56 @@ def _cost(a: Arguments) -> Cost:
     return Cost(2 * m * n * k, moved + m * n * result_dtype(a.x, a.gamma, a.residual).itemsize)
 
 
+def _saves(a: Arguments, needs: frozenset[str]) -> set[str]:
+    if a.act != "none":
+        # what the activation was given is computed again
+        return set() if needs <= {"residual"} else {"x", "weight", "bias", "gamma"}
+    saves = set() if needs <= {"residual"} else {"gamma"}
+    if needs & {"weight", "gamma"}:
+        saves.add("x")
+    if needs & {"x", "gamma"}:
+        saves.add("weight")
+    if "gamma" in needs:
+        saves.add("bias")
+    return saves
+
+
+def _scaled_activation(hidden: torch.Tensor, act: str, gamma: torch.Tensor | None) -> torch.Tensor:
+    y = activate(hidden, act)
+    return y if gamma is None else y * gamma
+
+
+def _backward(
+    a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    found = {} if a.residual is None else {"residual": grad.to(a.residual.dtype)}
+    if needs <= {"residual"}:
+        return found
+    gamma = a.gamma
+    if a.act != "none":
+        hidden = LINEAR.where_supported(a.x, a.weight, a.bias, None, None, "none")
+        wanted = [0] if "gamma" not in needs else [0, 2]
+        grad, *dgamma = reference_gradients(_scaled_activation, (hidden, a.act, gamma), grad, wanted)
+        found |= zip(("gamma",), dgamma, strict=False)
+        gamma, needs = None, needs - {"gamma"}
+    grad = grad.to(a.x.dtype)
+    if "x" in needs:
+        found["x"] = input_gradient(grad, a.weight, gamma)
+    if needs & {"weight", "gamma"}:
+        parameters = parameter_gradients(
+            as_rows(grad), as_rows(a.x), a.weight, a.bias, gamma, "bias" in needs, "gamma" in needs
+        )
+        found = parameters._asdict() | found
+    elif "bias" in needs:
+        found["bias"] = bias_gradient(as_rows(grad), gamma)
+    return found
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+    """Of ``gamma * (x @ weight.T)`` with respect to x; ``grad`` [..., out_features], in weight's dtype."""
+    return LINEAR.where_supported(grad, with_gamma(weight, gamma).t(), None, None, None, "none")
+
+
 LINEAR = Op(
     "linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act",
@@ -207,4 +258,5 @@ LINEAR = Op(
     measured=_measured,
     cost=_cost,
     vendor=_vendor,
+    gradient=Gradient(saves=_saves, backward=_backward),
 )

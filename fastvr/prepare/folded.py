@@ -26,7 +26,9 @@ from fastvr.ops.patch_embed_stats import patch_embed_stats
 
 def foldable(model: nn.Module) -> bool:
     """Whether ``model`` is a ViT that nobody changed, pre-norm, in a 16-bit dtype."""
-    if not plain(model, ViT) or not idle(model.pos_drop):
+    if not plain(model, ViT) or not idle(model.pos_drop) or model.dynamic_img_size:
+        return False
+    if not plain(model.norm_pre, nn.Identity):
         return False
     if not plain(model.patch_embed, PatchEmbed) or not model.patch_embed.one_launch():
         return False

@@ -72,7 +72,9 @@ class PreparedModel:
         tune: Tune = "quick",
     ) -> None:
         if not isinstance(model, Model):
-            raise ValueError(f"prepare: model must be a ViT or ResNet; got {type(model).__name__}")
+            raise ValueError(
+                f"prepare: model must be a ViT or ResNet of fastvr's; got {type(model).__name__}"
+            )
         if not isinstance(example, torch.Tensor):
             raise ValueError(f"prepare: example must be a torch.Tensor; got {type(example).__name__}")
         if tune not in ("quick", False):

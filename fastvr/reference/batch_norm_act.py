@@ -36,11 +36,16 @@ def batch_norm_act_backward(
     mean: torch.Tensor,
     var: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
     needs_residual: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if bias is not None:
+        # without a residual the activation's input tells what it let through
+        scale = (weight.to(mean.dtype) * (var + eps).rsqrt())[:, None, None]
+        y = (x - mean[:, None, None]) * scale + bias.to(mean.dtype)[:, None, None]
     if y is not None:
         grad = torch.where(y <= 0, 0, grad)
     if x.numel():

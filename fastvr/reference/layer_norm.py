@@ -22,3 +22,10 @@ def layer_norm(
         return y.to(out_dtype or x.dtype)
     y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def row_moments(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Mean and 1 / deviation of each row, [rows, 2], in float32 (float64 for float64)."""
+    rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(rows, 1, correction=0)
+    return torch.stack([mean, (var + eps).rsqrt()], 1)

@@ -33,7 +33,13 @@ from fastvr.tuning.table import replacing, sync_folder
 from fastvr.weights.read import read_file
 
 FORMAT = 1
-WEIGHTS, CARD, LOSSES, CURVE = LEAVES = ("model.safetensors", "model.json", "losses.csv", "curve.png")
+WEIGHTS, CONFIG, CARD, LOSSES, CURVE = LEAVES = (
+    "model.safetensors",
+    "config.json",
+    "model.json",
+    "losses.csv",
+    "curve.png",
+)
 _FILE = "checkpoint.pt"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _REST = "run.pt"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastvr.compare import UsageError
-from fastvr.compare.photos import Preprocessing
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.train import digits
 from fastvr.train.randomness import drawing_from, generator_of
 from fastvr.train.settings import DIGITS, Arguments
@@ -136,7 +136,7 @@ def _folder(arguments: Arguments, how: Preprocessing) -> Data:
         train, val = _split(files, arguments.val_share, arguments.seed)
         if not val:
             raise UsageError(f"--data {root}: too few images for --val-share {arguments.val_share}")
-    resampling = v2.InterpolationMode.BICUBIC if how.bicubic else v2.InterpolationMode.BILINEAR
+    resampling = v2.InterpolationMode(how.interpolation)
     crop = [
         v2.RandomResizedCrop(how.size, interpolation=resampling),
         v2.RandomHorizontalFlip(),
@@ -153,7 +153,7 @@ def _folder(arguments: Arguments, how: Preprocessing) -> Data:
         {
             "image_size": how.size,
             "resize": how.resize,
-            "interpolation": "bicubic" if how.bicubic else "bilinear",
+            "interpolation": how.interpolation,
             "mean": list(how.mean),
             "std": list(how.std),
         },

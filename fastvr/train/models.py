@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastvr.compare.models import FAMILIES
-from fastvr.compare.photos import Preprocessing
 from fastvr.models._model import Model
-from fastvr.models.registry import create_model, list_models
+from fastvr.models.preprocessing import Preprocessing
+from fastvr.models.registry import build_model, list_models
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.nn.residual import BasicBlock
@@ -39,7 +38,7 @@ def create(name: str, num_classes: int, in_chans: int, image_size: int) -> Model
     if name == "resnet_mini":
         return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, in_chans, width=20)
     sizes: dict[str, Any] = {"img_size": image_size} if is_vit(name) else {}
-    return create_model(name, num_classes=num_classes, in_chans=in_chans, **sizes)
+    return build_model(name, num_classes=num_classes, in_chans=in_chans, **sizes)
 
 
 def is_vit(name: str) -> bool:
@@ -55,9 +54,7 @@ def default_image_size(name: str, *, digits: bool) -> int:
 
 def preprocessing(name: str, image_size: int) -> Preprocessing:
     """How images are fed to ``name``: as its family's published weights were, scaled to ``image_size``."""
-    family = FAMILIES[0 if is_vit(name) else 1].preprocessing
-    resize = round(family.resize * image_size / family.size)
-    return dataclasses.replace(family, size=image_size, resize=resize)
+    return FAMILIES[0 if is_vit(name) else 1].preprocessing.at(image_size)
 
 
 @contextlib.contextmanager

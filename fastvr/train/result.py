@@ -13,22 +13,22 @@ import torch
 import fastvr
 from fastvr.compare.settings import write_json
 from fastvr.models._model import Model
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.train import models
-from fastvr.train.checkpoint import CARD, WEIGHTS
+from fastvr.train.checkpoint import CARD, CONFIG, WEIGHTS
 from fastvr.train.data import Data
 from fastvr.train.settings import Arguments
 from fastvr.tuning.table import replacing
+from fastvr.weights.save import own_config
 
 
 def save(
     out: Path, weights: dict[str, torch.Tensor], arguments: Arguments, data: Data, accuracy: float | None
 ) -> None:
-    """``model.safetensors`` as :func:`fastvr.load_checkpoint` takes it; ``model.json`` with the model's name
-    and sizes, its classes, how images are prepared, and what it was trained with."""
+    """``model.safetensors`` and ``config.json`` as :func:`fastvr.load_model` takes them; ``model.json`` with
+    the model's name and sizes, its classes, how images are prepared, and what it was trained with."""
     from safetensors.torch import save as serialise
 
-    with replacing(out / WEIGHTS) as file:
-        file.write(serialise(weights, metadata={"format": "pt"}))
     card: dict[str, Any] = {
         "fastvr": fastvr.__version__,
         "model": {
@@ -43,6 +43,13 @@ def save(
         "validation_accuracy": accuracy,
         "arguments": dataclasses.asdict(arguments),
     }
+    like = models.create(**card["model"])
+    if "resize" in (how := data.preprocessing):
+        mean, std = tuple(how["mean"]), tuple(how["std"])
+        like.preprocessing = Preprocessing(how["image_size"], how["resize"], mean, std, how["interpolation"])
+    with replacing(out / WEIGHTS) as file:
+        file.write(serialise(weights, metadata={"format": "pt"}))
+    write_json(out / CONFIG, own_config(like))
     write_json(out / CARD, card)
 
 

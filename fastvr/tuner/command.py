@@ -14,9 +14,8 @@ from torch import Tensor
 import fastvr
 from fastvr import tuner, tuning
 from fastvr.models._model import Model
-from fastvr.models.registry import create_model
+from fastvr.models.registry import build_model, find
 from fastvr.models.resnet import ResNet
-from fastvr.nn.residual import BasicBlock, Bottleneck
 
 BATCHES, DRY_BATCHES = (1, 8, 64), (1, 2)
 _SHOWN = 12  # dropped candidates; --json has all
@@ -65,14 +64,13 @@ def _on_meta(name: str, *, stand_in: bool) -> Model:
     if not stand_in:
         # initialising on meta imports PyTorch's compiler: seconds, but a large model's real one takes more
         with torch.device("meta"):
-            return create_model(name)
+            return build_model(name)
     small: Model
-    if name.startswith("resnet"):
-        block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
-        small = ResNet(block, (1, 1, 1, 1), num_classes=10, width=16)
+    if issubclass(find(name).model, ResNet):
+        small = build_model(name, layers=(1, 1, 1, 1), num_classes=10, width=16)
     else:
         sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 3}
-        small = create_model(name, num_classes=10, **sizes)
+        small = build_model(name, num_classes=10, **sizes)
     return small.to("meta")
 
 

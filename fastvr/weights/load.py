@@ -3,122 +3,155 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fastvr.weights import timm, torchvision
+from fastvr.nn.attention import Attention
+from fastvr.nn.block import Block
+from fastvr.nn.mlp import Mlp, fused_name
 from fastvr.weights.errors import CheckpointError
-from fastvr.weights.read import read_file, shorten, unwrap
+from fastvr.weights.layouts import Recognised, family_of, layout_names, recognise
+from fastvr.weights.read import Checkpoint, read_checkpoint, shorten, unwrap
 
-_LAYOUTS = {"timm": timm, "torchvision": torchvision}
-_HEADS = ("head.weight", "head.bias", "fc.weight", "fc.bias")
+_HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias", "fc.weight", "fc.bias")
 
 
 class LoadReport(NamedTuple):
     """What :func:`load_checkpoint` did."""
 
     layout: str
-    """ "timm" or "torchvision"; a ResNet's names are the same in both, and called timm's."""
+    """ "timm", "torchvision", "transformers" or "encoder" (a plain ``nn.TransformerEncoder``). The names of a
+    ResNet are the same in timm and torchvision, and called timm's."""
     missing: tuple[str, ...]
     """The model's names that the checkpoint did not hold; they keep their values."""
     unexpected: tuple[str, ...]
     """The checkpoint's names that the model does not have."""
+    unused: tuple[str, ...] = ()
+    """The checkpoint's names that no forward pass needs: transformers' pooler, DINOv2's mask token."""
 
 
 def load_checkpoint(
     model: nn.Module, path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True
 ) -> LoadReport:
-    """Load timm's or torchvision's weights into a ViT or ResNet.
+    """Load timm's, torchvision's, transformers' or a plain ``nn.TransformerEncoder``'s weights.
 
     Everything is checked before the first parameter is written: after an error the model is what it was.
-    Weights are cast to the model's dtypes; its devices and memory formats stay.
+    Weights are cast to the model's dtypes; its devices and memory formats stay. Query, key and value that are
+    separate in the checkpoint are joined. :func:`load_model` builds the model that a checkpoint is for.
 
     Args:
         model: a ViT or ResNet, or any module with their names.
-        path_or_state_dict: a ``.safetensors`` file, a PyTorch file (read with ``weights_only=True``), or what
-            such a file holds: a state dict, also inside {"state_dict": ...} or {"model": ...}, also with the
-            prefixes of ``DataParallel`` or ``torch.compile``. Of weights beside their moving average
-            ("state_dict_ema", "model_ema") the average is taken.
-        strict: False lets names be missing or unexpected, and reports them; shapes, dtypes and values must
-            always be right.
+        path_or_state_dict: a ``.safetensors`` file, a PyTorch file (read with ``weights_only=True``), the
+            ``.index.json`` of sharded ones, or a folder as Hugging Face's hub has them; or what such a file
+            holds: a state dict, also inside {"state_dict": ...} or {"model": ...}, also with the prefixes of
+            ``DataParallel`` or ``torch.compile``. Of weights beside their moving average ("state_dict_ema",
+            "model_ema") the average is taken.
+        strict: False lets names be missing or unexpected, and reports them, and lets the model have another
+            activation, eps or order of its norms than the checkpoint's; shapes, dtypes and values must always
+            be right.
 
     Returns:
-        The layout, and the names that were missing or unexpected.
+        The layout, and the names that were missing, unexpected or of no use.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file cannot be read, or does not fit the model; names all that is wrong.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        source, loaded = "the state dict", path_or_state_dict
-    elif isinstance(path_or_state_dict, (str, os.PathLike)):
-        source, loaded = str(Path(path_or_state_dict)), read_file(path_or_state_dict)
-    else:
-        raise ValueError(
-            "load_checkpoint: path_or_state_dict must be a path or a state dict; "
-            f"got {type(path_or_state_dict).__name__}"
-        )
-    state = unwrap(loaded, source)
+    checkpoint = as_checkpoint(path_or_state_dict, "load_checkpoint")
+    found = _recognise(checkpoint, model)
+    return fill(model, found, checkpoint.source, strict=strict)
+
+
+def as_checkpoint(given: str | os.PathLike[str] | Mapping[str, Any], caller: str) -> Checkpoint:
+    """What :func:`load_checkpoint` takes, read."""
+    if isinstance(given, Mapping):
+        return Checkpoint("the state dict", unwrap(given, "the state dict"))
+    if isinstance(given, (str, os.PathLike)):
+        return read_checkpoint(given)
+    raise ValueError(
+        f"{caller}: path_or_state_dict must be a path or a state dict; got {type(given).__name__}"
+    )
+
+
+def fill(model: nn.Module, found: Recognised, source: str, *, strict: bool = True) -> LoadReport:
+    """Write recognised weights into ``model``, after all checks of :func:`load_checkpoint`."""
     target = model.state_dict()
-    layout = _layout(state, target, source)
-    renamed = {_LAYOUTS[layout].rename(key): key for key in state}
-    if len(renamed) < len(state):
-        twice = sorted(key for key in state if renamed[_LAYOUTS[layout].rename(key)] != key)
-        raise CheckpointError(f"{source}: holds the same weights twice: {shorten(twice)}")
     # files from before PyTorch 0.4.1 do not count batches
-    missing = [name for name in target if name not in renamed and not name.endswith(".num_batches_tracked")]
-    unexpected = [key for name, key in renamed.items() if name not in target]
-    known = {name: state[key] for name, key in renamed.items() if name in target}
+    missing = [
+        name for name in target if name not in found.state and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [found.origin.get(name, name) for name in found.state if name not in target]
+    known = {name: tensor for name, tensor in found.state.items() if name in target}
     problems: list[str] = []
     if strict and missing:
         problems.append(f"missing: {shorten(missing)}")
     if strict and unexpected:
         problems.append(f"unknown: {shorten(unexpected)}")
-    problems += _shapes(known, target, renamed)
+    if strict:
+        problems += _other_function(model, found)
+    problems += _shapes(known, target, found.origin)
     ready: dict[str, torch.Tensor] = {}
     if not problems:
-        ready, problems = _values(known, target, renamed)
+        ready, problems = _values(known, target, found.origin)
     if problems:
-        lines = "\n  ".join(problems)
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}:\n  {lines}")
+        what = f"{source} ({found.title} layout of a {found.family})"
+        raise CheckpointError("\n  ".join([f"{what} does not fit {type(model).__name__}:", *problems]))
     with torch.no_grad():
         for name, tensor in ready.items():
             target[name].copy_(tensor)
     if callable(changed := getattr(model, "changed", None)):
         changed()
-    return LoadReport(layout, tuple(missing), tuple(unexpected))
+    return LoadReport(found.layout, tuple(missing), tuple(unexpected), found.unused)
 
 
-def _layout(state: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], source: str) -> str:
-    wanted = timm.family(target)
+def _recognise(checkpoint: Checkpoint, model: nn.Module) -> Recognised:
+    target = model.state_dict()
+    wanted = family_of(target)
     if wanted is None:
         raise ValueError("load_checkpoint: model must be a ViT or ResNet, or have such names; got others")
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_checkpoint: model must hold memory (model.to_empty); got tensors on meta")
-    for layout, module in _LAYOUTS.items():
-        found = module.family(state)
-        if found == wanted:
-            return layout
-        if found is not None:
-            raise CheckpointError(f"{source}: holds a {found} in {layout}'s layout, the model is a {wanted}")
-    if foreign := _foreign(state):
+    found = recognise(checkpoint.state, checkpoint.config, checkpoint.source)
+    if found is None:
+        raise CheckpointError(unknown_layout(checkpoint, wanted))
+    if found.family != wanted:
         raise CheckpointError(
-            f"{source}: holds the layout of {foreign}, which is not supported; timm's and torchvision's are"
+            f"{checkpoint.source}: holds a {found.family} in {found.title} layout, the model is a {wanted}"
         )
-    raise CheckpointError(
-        f"{source}: neither timm's nor torchvision's layout of a {wanted}; keys: {shorten(list(state))}"
+    return found
+
+
+def unknown_layout(checkpoint: Checkpoint, wanted: str) -> str:
+    """The message for a checkpoint of no known layout."""
+    return (
+        f"{checkpoint.source}: has no layout of a {wanted} that is known ({layout_names()}); "
+        f"keys: {shorten(list(checkpoint.state))}"
     )
 
 
-def _foreign(keys: Collection[str]) -> str | None:
-    if any(key.startswith("transformer_encoder.layers.") for key in keys):
-        return "a plain nn.TransformerEncoder"
-    marks = ("embeddings.patch_embeddings.", "vit.layers.", "resnet.embedder.", "embedder.embedder.")
-    return "transformers" if any(mark in key for key in keys for mark in marks) else None
+def _other_function(model: nn.Module, found: Recognised) -> list[str]:
+    """Where ``model`` computes something else with these weights than what they were trained in."""
+    blocks = list(getattr(model, "blocks", ()))
+    if not blocks or not isinstance(blocks[0], Block):
+        return []
+    block = blocks[0]
+    attn, mlp, norm = block.attn, block.mlp, block.norm1
+    ours: dict[str, Any] = {"norm_first": block.norm_first}
+    if isinstance(attn, Attention):
+        ours["num_heads"] = attn.num_heads
+    if isinstance(mlp, Mlp):
+        ours["act"] = fused_name(mlp.act)
+    if isinstance(norm, nn.LayerNorm):
+        ours["norm_eps"] = norm.eps
+    return [
+        f"{name}: the checkpoint's is {theirs!r}, the model's {ours[name]!r}: construct the model with "
+        f"{name}={theirs!r}, or by load_model"
+        for name, theirs in found.stated.items()
+        if name in ours and ours[name] not in (theirs, None)
+    ]
 
 
 def _shapes(
@@ -126,8 +159,8 @@ def _shapes(
 ) -> list[str]:
     wrong = {name for name, tensor in known.items() if tensor.shape != target[name].shape}
     problems = [
-        f"shape of {origin[name]}: {list(known[name].shape)}, the model's is {list(target[name].shape)}"
-        for name in known
+        f"shape of {origin.get(name, name)}: {list(tensor.shape)}, the model's is {list(target[name].shape)}"
+        for name, tensor in known.items()
         if name in wrong
     ]
     if problems[10:]:
@@ -161,14 +194,14 @@ def _values(
     for name, tensor in known.items():
         dtype = target[name].dtype
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            dtypes.append(f"{origin[name]} (no plain tensor)")
+            dtypes.append(f"{origin.get(name, name)} (no plain tensor)")
         elif tensor.is_floating_point() != dtype.is_floating_point or tensor.is_complex():
-            dtypes.append(f"{origin[name]} ({tensor.dtype})")
+            dtypes.append(f"{origin.get(name, name)} ({tensor.dtype})")
         else:
             # after the cast: what is finite in float32 may not be in float16
             ready[name] = tensor.detach().to(dtype)
             if dtype.is_floating_point and not bool(torch.isfinite(ready[name]).all()):
-                infinite.append(origin[name])
+                infinite.append(origin.get(name, name))
     problems = [f"not floating, or not an integer where one belongs: {shorten(dtypes)}"] if dtypes else []
     if infinite:
         problems.append(f"NaN or Inf in the model's dtype: {shorten(infinite)}")

@@ -8,15 +8,123 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvr.weights.errors import CheckpointError
 
+METADATA_KEY = "fastvr"
+"""Under which ``save_model`` writes the configuration into a safetensors file."""
 _MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_MAX_JSON = 10_000_000  # bytes of a config.json or an index; real ones have some hundred thousand
+# what a folder is searched for, in this order
+_IN_FOLDERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class Checkpoint(NamedTuple):
+    """Weights, and what lies beside them."""
+
+    source: str
+    state: dict[str, torch.Tensor]
+    config: dict[str, Any] | None = None
+    """config.json, as timm and transformers write it; in a single file what fastvr wrote into it."""
+    preprocessor: dict[str, Any] | None = None
+    """transformers' preprocessor_config.json."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a file, or a folder as Hugging Face's hub has them.
+
+    Args:
+        path: a ``.safetensors`` or PyTorch file, the index of sharded ones, or a folder that holds one of
+            these as ``model.safetensors`` or ``pytorch_model.bin``. The configuration is read where the
+            weights have such a name, else the one inside a safetensors file that fastvr wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        CheckpointError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in _IN_FOLDERS if (path / name).exists()), None)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: is a directory without a checkpoint; looked for {', '.join(_IN_FOLDERS)}"
+            )
+        path = found
+    loaded = _read_shards(path) if path.name.endswith(".index.json") else read_file(path)
+    state = unwrap(loaded, str(path))
+    config = preprocessor = None
+    if path.name in _IN_FOLDERS:
+        config = read_json(path.with_name("config.json"))
+        preprocessor = read_json(path.with_name("preprocessor_config.json"))
+    if config is None and path.suffix == ".safetensors":
+        config = _own_config(path)
+    return Checkpoint(str(path), state, config, preprocessor)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if not path.exists():
+        return None
+    if (size := path.stat().st_size) > _MAX_JSON:
+        raise CheckpointError(f"{path}: {size} bytes are too many for a configuration")
+    try:
+        return _object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _object(text: str | bytes, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: is no JSON: {str(error)[:200]}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source}: holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    listed = read_json(index)
+    if listed is None:
+        raise FileNotFoundError(f"{index}: no such checkpoint")
+    files = listed.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
+        raise CheckpointError(f"{index}: weight_map must name a file for each weight")
+    names = sorted(set(files.values()))
+    # an index is data as well: it names files beside it, and no others
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index}: names files in other folders: {shorten(outside)}")
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index}: lacks files: {shorten(absent)}")
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        shard = unwrap(read_file(index.parent / name), str(index.parent / name))
+        if strange := sorted(key for key in shard if files.get(key) != name):
+            raise CheckpointError(f"{index}: {name} holds what it should not: {shorten(strange)}")
+        state |= shard
+    if absent := [key for key in files if key not in state]:
+        raise CheckpointError(f"{index}: the files lack {shorten(absent)}")
+    return state
+
+
+def _own_config(path: Path) -> dict[str, Any] | None:
+    metadata = _check_header(path).get("__metadata__")
+    written = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    return None if written is None else _object(str(written), f"{path}: {METADATA_KEY} in its metadata")
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
@@ -48,8 +156,9 @@ def read_file(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(message) from error
 
 
-def _check_header(path: Path) -> None:
-    """What the reader would let pass: a key that occurs twice, of which it would take the last."""
+def _check_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, after what the reader would let pass: a key that occurs twice, of
+    which it would take the last."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -69,9 +178,10 @@ def _check_header(path: Path) -> None:
         return dict(pairs)
 
     try:
-        json.loads(header, object_pairs_hook=unique)
+        found: dict[str, Any] = json.loads(header, object_pairs_hook=unique)
     except RecursionError as error:
         raise CheckpointError(f"{path}: its header is nested too deeply") from error
+    return found
 
 
 def unwrap(loaded: Any, source: str) -> dict[str, torch.Tensor]:

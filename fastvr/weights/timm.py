@@ -1,8 +1,49 @@
-"""timm's layout: fastvr's own names, for ViT and for ResNet (torchvision's ResNets have the same)."""
+"""timm's layout: fastvr's own names, for ViT and for ResNet (torchvision's ResNets have the same).
+
+The files that DINOv2 and DeiT-III themselves publish have these names too, but for register and mask tokens
+and LayerScale.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from fastvr.models.registry import MODELS
+from fastvr.weights.errors import CheckpointError
+from fastvr.weights.names import Slot
+from fastvr.weights.read import METADATA_KEY
+
+_GAMMA = re.compile(r"(?<=\.)gamma_([12])$")
+
+# timm's arguments of a ViT that its weights do not tell, and fastvr's names for them
+_ARGUMENTS = {
+    "num_heads": "num_heads",
+    "act_layer": "act",
+    "global_pool": "global_pool",
+    "fc_norm": "fc_norm",
+    "no_embed_class": "no_embed_class",
+}
+# those that the weights tell, or that change no number in eval
+_SHAPES = {
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "mlp_ratio",
+    "qkv_bias",
+    "init_values",
+    "class_token",
+    "pre_norm",
+    "reg_tokens",
+    "dynamic_img_size",
+    "drop_path_rate",
+}
 
 
 def family(keys: Collection[str]) -> str | None:
@@ -13,6 +54,66 @@ def family(keys: Collection[str]) -> str | None:
     return "ResNet" if any(key.startswith("layer1.0.") for key in keys) else None
 
 
-def rename(key: str) -> str:
-    """fastvr's name for timm's ``key``."""
-    return key
+def rename(key: str) -> Slot:
+    """fastvr's name for timm's ``key``, or for that in the files that DINOv2 and DeiT-III publish."""
+    if key == "register_tokens":
+        return "reg_token"
+    return _GAMMA.sub(r"ls\1.gamma", key)
+
+
+def export(name: str) -> tuple[str, ...] | None:
+    """timm's keys for fastvr's ``name``."""
+    return (name,)
+
+
+def unused(key: str) -> bool:
+    """Whether the model's function does not need ``key``."""
+    return key == "mask_token"
+
+
+def finish(state: dict[str, torch.Tensor], keys: Collection[str]) -> None:
+    """What has another form than in fastvr, put into fastvr's."""
+    if "register_tokens" in keys:
+        position_into_class_token(state)
+
+
+def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str]) -> dict[str, Any]:
+    """What the configuration says of a model beside its weights.
+
+    Raises:
+        CheckpointError: it is of a model that fastvr does not have.
+    """
+    if config is None or "architecture" not in config or METADATA_KEY in config:
+        return {}
+    architecture = config["architecture"]
+    if architecture not in MODELS:
+        raise CheckpointError(f"config.json: architecture {architecture!r} is none of list_models()")
+    arguments = MODELS[architecture].arguments
+    if family == "ResNet":
+        return {}
+    written = config.get("model_args") or {}
+    if unknown := sorted(set(written) - _SHAPES - _ARGUMENTS.keys()):
+        raise CheckpointError(
+            f"config.json: model_args that fastvr's ViT does not have: {', '.join(unknown)}"
+        )
+    found = {
+        "act": "gelu",
+        "norm_eps": 1e-6,
+        "norm_first": True,
+        **{name: arguments[name] for name in (*_ARGUMENTS.values(), "norm_eps") if name in arguments},
+    }
+    if isinstance(pool := config.get("global_pool"), str):
+        found["global_pool"] = pool
+    found |= {_ARGUMENTS[name]: value for name, value in written.items() if name in _ARGUMENTS}
+    if found["act"] not in ("gelu", "gelu_tanh", "relu"):
+        raise CheckpointError(f"config.json: act_layer must be gelu, gelu_tanh or relu; got {found['act']!r}")
+    return found
+
+
+def position_into_class_token(state: dict[str, torch.Tensor]) -> None:
+    """From DINOv2's form, whose first position is the class token's and whose registers have none, to that of
+    ``no_embed_class``: the same sum, made once."""
+    cls_token, pos_embed = state.get("cls_token"), state.get("pos_embed")
+    if cls_token is not None and pos_embed is not None and pos_embed.dim() == cls_token.dim() == 3:
+        state["cls_token"] = cls_token + pos_embed[:, :1]
+        state["pos_embed"] = pos_embed[:, 1:]

@@ -9,6 +9,7 @@ import cases
 import inputs
 import pytest
 import torch
+from random_cases import random_case
 
 import fastvr
 from fastvr import backend
@@ -46,21 +47,22 @@ def test_listed_cases_run_on_the_kernel_and_cost_something(op: str, real: bool) 
         assert _unsupported(case, torch.bfloat16) == []
         flops, moved = inputs.cost(op, inputs.make(case, torch.bfloat16, "meta"))
         assert moved > 0
-        assert flops > 0 or op.removesuffix("_backward") in ("layer_norm", "batch_norm_act", "max_pool")
+        without = ("layer_norm", "batch_norm_act", "batch_norm_act_max_pool", "max_pool")
+        assert flops > 0 or op.removesuffix("_backward") in without
 
 
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("op", cases.OPS)
 def test_random_cases_run_on_the_kernel(op: str, small: bool) -> None:
     rng = random.Random(1)
-    drawn = [cases.random_case(op, rng, small=small) for _ in range(60)]
+    drawn = [random_case(op, rng, small=small) for _ in range(60)]
     for case in drawn:
         assert _unsupported(case, torch.float16) == [], case
     assert len({case.sizes for case in drawn}) > 10
 
 
 def test_random_cases_are_the_same_for_the_same_seed() -> None:
-    first, again = (cases.random_case("linear", random.Random(7), small=True) for _ in range(2))
+    first, again = (random_case("linear", random.Random(7), small=True) for _ in range(2))
     assert first == again
 
 

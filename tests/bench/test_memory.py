@@ -44,7 +44,7 @@ def test_json(tmp_path: Path, capsys) -> None:
     path = tmp_path / "memory.json"
     assert memory.main(["--batch", "2", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert list(found) == ["vit_b_16", "resnet50"]
+    assert list(found) == ["vit_b_16", "vit_b_16 autocast", "resnet50", "resnet50 autocast"]
     for row in found.values():
         assert set(row) == {"eager", "fastvr"}
         assert 0 < row["fastvr"] < row["eager"]

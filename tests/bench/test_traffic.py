@@ -65,6 +65,21 @@ def test_json_on_standard_output_is_nothing_else(
     import traffic
 
     short = {"vit_b_16": {"eager": {"launches": 1, "bytes": 2}}}
-    monkeypatch.setattr(traffic, "counts", lambda batch, arch: (short, {}))
+    monkeypatch.setattr(traffic, "counts", lambda batch, arch, train: (short, {}))
     assert traffic.main(["--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == short
+
+
+def test_a_training_step_is_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cases
+    import traffic
+
+    monkeypatch.setattr(cases, "MODELS", ("resnet50",))
+    short, _ = traffic.counts(64, train=True)
+    assert list(short["resnet50"]) == ["eager", "fastvr"]
+    eager, ours = short["resnet50"]["eager"], short["resnet50"]["fastvr"]
+    # three times the forward pass, but for the image's gradient
+    assert eager["flops"] == 64 * (3 * 8_178_368_512 - 236_027_904)
+    assert ours["flops"] <= 1.12 * eager["flops"]
+    assert ours["bytes"] <= 0.80 * eager["bytes"]
+    assert min(eager["launches"], ours["launches"]) > 0

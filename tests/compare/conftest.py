@@ -7,7 +7,7 @@ import torch
 
 import fastvr
 from fastvr.compare import models
-from fastvr.compare.photos import Preprocessing
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.nn.residual import BasicBlock
 
 HALF = (0.5, 0.5, 0.5)
@@ -24,7 +24,7 @@ def tiny_families() -> tuple[models.Family, models.Family]:
             ),
             peer=lambda num_classes: None,
             peer_name="",
-            preprocessing=Preprocessing(32, 40, HALF, HALF, bicubic=True),
+            preprocessing=Preprocessing(32, 40, HALF, HALF, interpolation="bicubic"),
             marks=("patch_embed.proj.weight",),
         ),
         models.Family(
@@ -33,7 +33,7 @@ def tiny_families() -> tuple[models.Family, models.Family]:
             build=lambda num_classes: fastvr.ResNet(BasicBlock, (1, 1, 1, 1), num_classes, width=8),
             peer=lambda num_classes: None,
             peer_name="",
-            preprocessing=Preprocessing(32, 40, HALF, HALF, bicubic=False),
+            preprocessing=Preprocessing(32, 40, HALF, HALF),
             marks=("layer1.0.conv1.weight",),
             memory_format=torch.channels_last,
         ),

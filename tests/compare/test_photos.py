@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from fastvr.compare import UsageError, photos
+from fastvr.models.preprocessing import Preprocessing
 
-HOW = photos.Preprocessing(32, 40, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), bicubic=True)
+HOW = Preprocessing(32, 40, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), interpolation="bicubic")
 
 
 def picture(path: Path, width: int = 60, height: int = 50, mode: str = "RGB") -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import fastvr
 from fastvr.compare import UsageError, interpreted, measure, models, parity, run, table
 from fastvr.compare.settings import Settings, write_json
+from fastvr.models.preprocessing import Preprocessing
 
 Families = tuple[models.Family, models.Family]
 pytest.importorskip("sklearn")
@@ -173,6 +174,22 @@ def test_checkpoints_give_their_weights_and_classes(tiny_families: Families, tmp
         models.build(tiny_families[1], path, torch.zeros(1), seed=0)
     with pytest.raises(UsageError, match=r"missing\.pt"):
         models.build(tiny_families[0], tmp_path / "missing.pt", torch.zeros(1), seed=0)
+
+
+def test_a_checkpoint_says_how_its_images_are_prepared(tiny_families: Families, tmp_path: Path) -> None:
+    how = Preprocessing(32, 36, (0.1, 0.2, 0.3), (0.3, 0.2, 0.1), "lanczos")
+    vit = tiny_families[0].build(7)
+    vit.preprocessing = how
+    path = fastvr.save_model(vit, tmp_path / "vit.safetensors")
+    job = comparison(tiny_families, weights=(path,))
+    job.run()
+    assert job.passed
+    assert job._how(tiny_families[0]) == how
+    assert job._how(tiny_families[1]) == tiny_families[1].preprocessing
+    # of another size than the model's they are none
+    vit.preprocessing = how.at(64)
+    fastvr.save_model(vit, path)
+    assert models.build(tiny_families[0], path, torch.zeros(1), seed=0).preprocessing is None
 
 
 def test_random_weights_get_statistics_of_the_photographs(tiny_families: Families) -> None:

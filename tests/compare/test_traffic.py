@@ -60,6 +60,7 @@ def test_a_copy_that_an_op_has_made_counts() -> None:
         (lambda x: x * x[:1].expand(4, 6), 1, 24 + 6 + 24),
         (lambda x: torch.empty_like(x).zero_(), 1, 24 + 24),
         (lambda x: x.to(torch.float16).float(), 2, 2 * (24 + 12)),
+        (lambda x: torch._foreach_add_([x, x.clone()], 1), 2, 2 * 24 + 2 * 48),
     ],
 )
 def test_pytorch_calls(call: object, launches: int, moved: int) -> None:
@@ -121,3 +122,48 @@ def test_the_models_fit_their_budget(build: type[nn.Module], eager_launches: int
     # the reference may fold a call or two, never more than the libraries make
     assert fused.launches <= most < eager.launches <= eager_launches
     assert fused.bytes < 0.7 * eager.bytes
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).square()
+
+
+def test_a_training_step_by_hand() -> None:
+    traffic = eager_traffic(Squared(), torch.empty(4, 6), train=True)
+    forward = (24 + 6 + 24) + (24 + 24)
+    # of the square: a power, times two, times the upstream gradient; of the weight: a product, summed
+    backward = (24 + 24) + (24 + 24) + (24 + 24 + 24) + (24 + 24 + 24) + (24 + 6)
+    assert traffic.bytes == 4 * (forward + backward), traffic.by_op
+    assert (traffic.launches, traffic.flops) == (2 + 5, 0)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "weight frozen"])
+def test_a_convolutions_training_step(frozen: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    model[0].weight.requires_grad_(not frozen)
+    traffic = eager_traffic(model, torch.empty(2, 3, 6, 6), train=True)
+    first, second = 2 * 2 * 8 * 16 * 27, 2 * 2 * 8 * 16 * 8
+    # the image asks for no gradient; nor does what the second reads, where the first weight is frozen
+    assert traffic.flops == first + 2 * second + (0 if frozen else first + second)
+    assert model[2].weight.grad is None
+    assert model.training
+
+
+def test_a_training_step_of_ours_counts_the_arithmetic_of_its_gradient() -> None:
+    traffic = count(Fused(), torch.empty(4, 6), train=True)
+    assert traffic is not None
+    product = 2 * 4 * 6 * 8
+    # x asks for no gradient, so beside the product there is one for the weight's, and what is computed again
+    assert 2 * product <= traffic.flops <= 3 * product
+    assert traffic.by_op["linear"] == (1, 4 * (4 * 6 + 8 * 6 + 8 + 4 * 8))
+    assert traffic.launches > 2
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="model: nothing of its result would be differentiated"):
+        eager_traffic(nn.ReLU(), torch.empty(4, 6), train=True)

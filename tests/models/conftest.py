@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from randomise import randomise
 from torch import nn
 
 import fastvr
@@ -22,21 +23,6 @@ TINY_VIT: dict[str, Any] = {
     "num_heads": 2,
     "num_classes": 10,
 }
-
-
-def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.4, 0.9, generator=generator)
-                module.bias.normal_(0, 0.1, generator=generator)
-                module.running_mean.normal_(0, 0.2, generator=generator)
-                module.running_var.uniform_(0.5, 2.0, generator=generator)
-            elif not isinstance(module, nn.Conv2d):
-                for parameter in module.parameters(recurse=False):
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.fixture(name="randomise")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -61,7 +62,11 @@ def test_three_steps_of_training(block, tiny_resnet, images, device) -> None:
         eager, truth = copy.deepcopy(ours), truth_model(ours)
         with backend.observe() as ran:
             actual = step(ours, x, "triton")
-        assert ran["batch_norm_act", "triton"] == ran["batch_norm_act_backward", "triton"] == norms
+        # four blocks are one op each, whose gradient has that of what lies between convolutions
+        for op in ("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward"):
+            assert ran[op, "triton"] == 1
+        assert ran["residual_block", "triton"] == ran["residual_block_backward", "triton"] == 4
+        assert ran["batch_norm_act_backward", "triton"] == 4 * {"basic": 1, "bottleneck": 2}[block]
         gradients = step(eager, x, "reference"), step(truth, x.double(), "reference")
         assert_parity(actual, *gradients, kind="gradient", sample_dim=None)
         assert_parity(moving(ours), moving(eager), moving(truth), sample_dim=None)
@@ -195,3 +200,50 @@ def test_a_step_compiles_into_one_graph(block, device) -> None:
     step(truth, x.double(), "reference")
     assert_parity(moving(compiled), moving(ours), moving(truth), sample_dim=None)
     assert counts(compiled) == counts(ours) == [1] * 3
+
+
+def _in_eval(block: nn.Module) -> None:
+    block.bn2.eval()
+
+
+def _hooked(name: str) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        block.get_submodule(name).register_forward_hook(lambda *args: None)
+
+    return change
+
+
+def _frozen(block: nn.Module) -> None:
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+
+
+BLOCK_CHANGES = {
+    "hook-conv": (_hooked("conv1"), 3),
+    "hook-shortcut": (_hooked("downsample.1"), 3),
+    "frozen norm": (_in_eval, 3),
+    "frozen parameters": (_frozen, 4),
+    "no shortcut's norm": (lambda block: setattr(block, "downsample", block.downsample[0]), 3),
+    "not affine": (lambda block: setattr(block, "bn1", nn.BatchNorm2d(16, affine=False)), 3),
+}
+
+
+@pytest.mark.parametrize("change", BLOCK_CHANGES)
+def test_a_block_that_somebody_changed_is_its_modules(change, tiny_resnet, images, device) -> None:
+    """Where a module is observed, replaced or frozen it is called; the other blocks are one op, and all
+    gradients and statistics are the same by the parity rule."""
+    apply, fused = BLOCK_CHANGES[change]
+    ours = tiny_resnet("bottleneck").to(device).train()
+    apply(ours.layer2[0])
+    eager, truth = copy.deepcopy(ours), truth_model(ours)
+    x, found = images(4).to(device), []
+    for model, mode in ((ours, "triton"), (eager, "reference"), (truth, "reference")):
+        with fastvr.use_backend(mode), backend.observe() as ran:
+            y = model(x.double() if model is truth else x)
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y))
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        if model is ours:
+            assert ran["residual_block", "triton"] == fused
+    assert_parity(*found, kind="gradient", sample_dim=None)
+    assert_parity(moving(ours), moving(eager), moving(truth), sample_dim=None)
+    assert counts(ours) == counts(eager)

@@ -162,7 +162,7 @@ def test_outlives_its_source(tiny_vit, images) -> None:
 
 
 def test_what_it_does_not_take(tiny_vit, tiny_resnet, images) -> None:
-    with pytest.raises(ValueError, match="model must be a ViT or ResNet; got Linear"):
+    with pytest.raises(ValueError, match="model must be a ViT or ResNet of fastvr's; got Linear"):
         fastvr.prepare(nn.Linear(1, 1), images())
     with pytest.raises(ValueError, match=r"example must be a torch.Tensor; got NoneType"):
         fastvr.prepare(tiny_vit(), None)

@@ -17,10 +17,11 @@ from fastvr.testing import assert_parity, check_op
 
 pytest.importorskip("triton")
 from fastvr.kernels import batch_norm_act as kernels
+from fastvr.kernels import batch_norm_stats as layout
 
 OPS = ("batch_norm_act", "batch_norm_act_backward")
 # several programs and parts even of a small map
-SEVERAL = kernels.candidate_configs(64, torch.float32, "interpreter")[1]
+SEVERAL = layout.candidate_configs(64, torch.float32, "interpreter")[1]
 
 
 def check(given, **options):
@@ -79,17 +80,17 @@ def test_shapes(shape, dtype, device):
 @pytest.mark.parametrize("channels", [48, 130])
 def test_every_configuration(channels, arch, device):
     given = inputs((2, channels, 11, 9), torch.float16, device, residual=True)
-    for config in kernels.candidate_configs(channels, torch.float16, arch):
+    for config in layout.candidate_configs(channels, torch.float16, arch):
         with tuning.force_config(OPS[0], config), tuning.force_config(OPS[1], config):
             check(given)
 
 
 def test_many_parts(device, monkeypatch):
     """More parts than the launch that merges them loads at a time, and several tiles in each."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 100)
+    monkeypatch.setattr(layout, "_PROGRAMS", 100)
     given = inputs((2, 5, 59, 47), torch.float32, device)
     with Several():
-        assert len(range(0, 2 * 59 * 47, kernels.rows_a_part(2 * 59 * 47, 5, SEVERAL))) > 64
+        assert len(range(0, 2 * 59 * 47, layout.rows_a_part(2 * 59 * 47, 5, SEVERAL))) > 64
         check(given)
 
 
@@ -235,7 +236,7 @@ def test_compiles_and_exports(device):
         y, mean, var = (t.detach() for t in batch_norm_act(x, weight, bias))
         x, weight = x.detach(), weight.detach()
         for rest in ((True, True, True), (False, True, False), (False, False, True)):
-            args = (randn(*y.shape, device=device), x, y, mean, var, weight, 1e-5, *rest)
+            args = (randn(*y.shape, device=device), x, y, mean, var, weight, None, 1e-5, *rest)
             torch.library.opcheck(BATCH_NORM_ACT_BACKWARD.overload, args)
 
 
@@ -256,7 +257,7 @@ def test_the_gradient_op_alone(dtype, mode, device):
     _, truth = gradients(exact, grad.double())
     x, weight = given["x"].detach(), given["weight"].detach()
     with backend.use_backend(mode):
-        found = BATCH_NORM_ACT_BACKWARD(grad, x, y.detach(), mean, var, weight, 1e-5, True, True, True)
+        found = BATCH_NORM_ACT_BACKWARD(grad, x, y.detach(), mean, var, weight, None, 1e-5, True, True, True)
     assert_parity(found, eager, truth, kind="gradient", sample_dim=None)
 
 

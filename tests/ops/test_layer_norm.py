@@ -100,7 +100,7 @@ def test_only_what_is_asked_for_is_computed(wanted, device):
     grad = randn(4, 9, 65, device=device)
     with triton_forced():
         results = LAYER_NORM_BACKWARD(
-            grad, given["x"].detach(), given["weight"].detach(), 1e-6, "x" in wanted, wanted != ("x",)
+            grad, given["x"].detach(), given["weight"].detach(), None, 1e-6, "x" in wanted, wanted != ("x",)
         )
     assert [result.numel() > 0 for result in results] == ["x" in wanted, wanted != ("x",), wanted != ("x",)]
 
@@ -127,14 +127,16 @@ def test_gradients_do_not_depend_on_the_order_of_programs(device):
     x, weight, grad = randn(64, 48, device=device), randn(48, device=device), randn(64, 48, device=device)
     with tuning.force_config("layer_norm_backward", kernels.candidate_bwd_configs(48, "interpreter")[1]):
         assert_order_does_not_matter(
-            lambda: torch.cat([t.flatten() for t in LAYER_NORM_BACKWARD(grad, x, weight, 1e-6, True, True)])
+            lambda: torch.cat(
+                [t.flatten() for t in LAYER_NORM_BACKWARD(grad, x, weight, None, 1e-6, True, True)]
+            )
         )
 
 
 def test_a_nan_in_the_gradient_stays_in_its_sample(device):
     x, weight = randn(5, 7, 48, device=device), randn(48, device=device)
     assert_nan_stays_in_its_sample(
-        lambda grad: LAYER_NORM_BACKWARD(grad, x, weight, 1e-6, True, True)[0],
+        lambda grad: LAYER_NORM_BACKWARD(grad, x, weight, None, 1e-6, True, True)[0],
         randn(5, 7, 48, device=device),
     )
 

@@ -63,6 +63,48 @@ def test_gradients(act, dtype, device):
     check(given, sample_inputs=("x", "residual"))
 
 
+def test_gradients_are_the_kernels_and_add_the_residual_in_their_launch(device):
+    given = inputs((3, 7), 40, 72, torch.float32, device, gamma=False)
+    del given["residual"]
+    for value in given.values():
+        if isinstance(value, torch.Tensor):
+            value.requires_grad_()
+    with triton_forced(), backend.observe() as ran:
+        check_op(
+            lambda x, **rest: layernorm_mlp(x, residual=x, **rest),
+            lambda x, **rest: reference(x, residual=x, **rest),
+            given,
+        )
+        assert {op for op, how in ran if how == "triton"} == {
+            "layernorm_mlp_training",
+            "linear_act_backward",
+            "linear_weight_backward",
+            "linear",
+            "layer_norm_backward",
+        }
+        y = layernorm_mlp(given["x"], residual=given["x"], **{k: v for k, v in given.items() if k != "x"})
+    # x, what the activation is given, the rows' moments, and parameters: no normalised and no activated rows
+    kept = sorted({(tuple(t.shape)) for t in y.grad_fn.saved_tensors} - {(40,), (72, 40), (40, 72)})
+    assert kept == [(3, 7, 40), (21, 2), (21, 72)]
+
+
+_WANTED = ("x", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "gamma", "residual")
+
+
+@pytest.mark.parametrize("wanted", [(name,) for name in _WANTED] + [("fc1_bias", "fc2_bias")], ids=str)
+def test_only_what_is_asked_for_is_computed(wanted, device):
+    given = inputs((3, 7), 40, 72, torch.float32, device)
+    for name in wanted:
+        given[name].requires_grad_()
+    with backend.observe() as ran:
+        check(given, sample_inputs=("x", "residual"))
+    before = bool({"x", "ln_bias", "fc1_weight", "fc1_bias"} & set(wanted))
+    weights = len({"fc1_weight", "fc2_weight", "gamma"} & set(wanted))
+    assert ran["linear_act_backward", "triton"] == before
+    assert ran["linear_weight_backward", "triton"] == weights
+    assert ran["layer_norm_backward", "triton"] == bool({"x", "ln_bias"} & set(wanted))
+
+
 @pytest.mark.parametrize("missing", ["ln_bias", "fc1_bias", "fc2_bias", "residual"])
 def test_optional_parts(missing, device):
     given = inputs((3, 7), 40, 72, torch.bfloat16, device, gamma=False)
@@ -77,6 +119,16 @@ def test_every_configuration(arch, dtype, device):
     for config in kernels.candidate_configs(dtype, arch, kind="layernorm_linear"):
         with tuning.force_config("layernorm_linear", config):
             check(given, backward=False)
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_configuration_of_training(arch, dtype, device):
+    given = inputs((2, 70), 100, 130, dtype, device)
+    given["fc2_bias"].requires_grad_()
+    for config in kernels.candidate_configs(dtype, arch, kind="act_linear"):
+        with tuning.force_config("act_linear", config):
+            check(given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,28 @@
+"""Learned position embeddings for another grid of patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def resample(
+    pos_embed: torch.Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int
+) -> torch.Tensor:
+    """Positions of another grid, as timm makes them: bicubic with antialiasing, in float32.
+
+    Args:
+        pos_embed: [1, num_prefix_tokens + old[0] * old[1], D], floating.
+        old, new: (rows, columns) of patches.
+        num_prefix_tokens: positions in front that belong to no patch; they stay as they are.
+
+    Returns:
+        [1, num_prefix_tokens + new[0] * new[1], D], in ``pos_embed``'s dtype.
+    """
+    if old == new:
+        return pos_embed
+    prefix, patches = pos_embed.tensor_split([num_prefix_tokens], dim=1)
+    wide = torch.promote_types(pos_embed.dtype, torch.float32)
+    grid = patches.to(wide).unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

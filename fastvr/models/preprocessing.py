@@ -1,0 +1,27 @@
+"""How images are fed to a model: numbers that belong to its weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+class Preprocessing(NamedTuple):
+    """Resize the short side, crop the centre, normalise."""
+
+    size: int
+    """Height and width of the crop, in pixels."""
+    resize: int
+    """Length of the short side before the crop, in pixels."""
+    mean: tuple[float, ...]
+    """Of each channel, for values from 0 to 1."""
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    """One of :data:`INTERPOLATIONS`."""
+    squash: bool = False
+    """Resize the whole image to a square instead of cropping it."""
+
+    def at(self, size: int) -> Preprocessing:
+        """The same for images of another size."""
+        return self._replace(size=size, resize=round(self.resize * size / self.size))

@@ -1,0 +1,301 @@
+"""layernorm_attention: residual + gamma * proj(attention(qkv(LayerNorm(x)))). In training one op, which keeps
+x, qkv and what attention gives, and nothing in between; else the four ops that it is made of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fastvr import backend, tuning
+from fastvr.ops import _check
+from fastvr.ops._heads import refused
+from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.attention import ATTENTION, ATTENTION_TRAINING
+from fastvr.ops.attention_backward import ATTENTION_BACKWARD
+from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
+from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype
+from fastvr.ops.linear_backward import Norm, bias_gradient, parameter_gradients
+from fastvr.reference.layernorm_attention import layernorm_attention_training as reference_training
+
+
+def layernorm_attention(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LayerNorm, self-attention, LayerScale and residual addition of a pre-norm transformer block.
+
+    Args:
+        x: [B, N, features], float32, float16 or bfloat16 (float64 runs in PyTorch).
+        ln_weight, ln_bias: [features], x's dtype or float32.
+        qkv_weight, qkv_bias: [3 * num_heads * head_dim, features] and [3 * num_heads * head_dim], all of q,
+            then k, then v, each head-major, as timm packs them; x's dtype.
+        proj_weight, proj_bias: [out_features, num_heads * head_dim] and [out_features]; qkv_weight's dtype.
+        num_heads: number of heads.
+        scale: of the scores, head_dim ** -0.5 unless given.
+        eps: LayerNorm's, added to the variance.
+        gamma: [out_features], any floating dtype: LayerScale.
+        residual: [B, N, out_features], any floating dtype; usually x itself.
+
+    Returns:
+        [B, N, out_features] in the dtype that PyTorch's promotion of proj's result, gamma and residual gives.
+
+    Under autocast the four projection parameters are cast to its dtype; x, the LayerNorm's parameters, gamma
+    and residual stay as they are.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; the message names it.
+    """
+    return run(
+        checked(
+            x,
+            ln_weight,
+            ln_bias,
+            qkv_weight,
+            qkv_bias,
+            proj_weight,
+            proj_bias,
+            num_heads,
+            scale=scale,
+            eps=eps,
+            gamma=gamma,
+            residual=residual,
+        )
+    )
+
+
+def checked(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> Arguments:
+    """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
+    op = "layernorm_attention"
+    check_norm(op, x, ln_weight, ln_bias, eps, ("ln_weight", "ln_bias"))
+    _check.operand(op, "qkv_weight", qkv_weight)
+    _check.operand(op, "proj_weight", proj_weight)
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must be [B, N, features]; got {list(x.shape)}")
+    if (dtype := _check.autocast_dtype(x.device)) is not None:
+        qkv_weight, proj_weight = _check.cast(qkv_weight, dtype), _check.cast(proj_weight, dtype)
+        qkv_bias, proj_bias = _check.cast_or_none(qkv_bias, dtype), _check.cast_or_none(proj_bias, dtype)
+    elif qkv_weight.dtype != x.dtype:
+        raise ValueError(f"{op}: qkv_weight must be {x.dtype}, as x is; got {qkv_weight.dtype}")
+    _check.heads(op, num_heads)
+    features = x.shape[-1]
+    if qkv_weight.dim() != 2 or qkv_weight.shape[0] == 0 or qkv_weight.shape[0] % (3 * num_heads):
+        raise ValueError(
+            f"{op}: qkv_weight must be [3 * num_heads * head_dim, {features}] with num_heads={num_heads}; "
+            f"got {list(qkv_weight.shape)}"
+        )
+    width = qkv_weight.shape[0] // 3
+    if proj_weight.dim() != 2 or proj_weight.shape[1] != width:
+        raise ValueError(f"{op}: proj_weight must be [out_features, {width}]; got {list(proj_weight.shape)}")
+    n = proj_weight.shape[0]
+    _check.companion(op, "qkv_weight", qkv_weight, (3 * width, features), x)
+    _check.companion(op, "proj_weight", proj_weight, (n, width), x, dtype=qkv_weight.dtype)
+    _check.companion(op, "qkv_bias", qkv_bias, (3 * width,), x, dtype=qkv_weight.dtype)
+    _check.companion(op, "proj_bias", proj_bias, (n,), x, dtype=qkv_weight.dtype)
+    _check.companion(op, "gamma", gamma, (n,), x)
+    _check.companion(op, "residual", residual, (*x.shape[:-1], n), x)
+    scale = _check.scale(op, scale, width // num_heads)
+    return Arguments(
+        x,
+        ln_weight,
+        ln_bias,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        gamma,
+        residual,
+        num_heads,
+        scale,
+        float(eps),
+    )
+
+
+def run(a: Arguments) -> torch.Tensor:
+    if LAYERNORM_ATTENTION_TRAINING.trains(*a):
+        return LAYERNORM_ATTENTION_TRAINING(*a)[0]
+    narrow = None if a.qkv_weight.dtype == a.x.dtype else a.qkv_weight.dtype
+    normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
+    qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
+    attended = ATTENTION(qkv, a.num_heads, a.scale)
+    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+
+
+class Arguments(NamedTuple):
+    x: torch.Tensor
+    ln_weight: torch.Tensor
+    ln_bias: torch.Tensor | None
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor | None
+    gamma: torch.Tensor | None
+    residual: torch.Tensor | None
+    num_heads: int
+    scale: float
+    eps: float
+
+
+_Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def kernel(a: Arguments) -> _Results:
+    _, qkv, _, _, moments = fake(a, "meta")
+    qkv = backend.empty(qkv.shape, dtype=qkv.dtype, device=a.x.device)
+    moments = backend.empty(moments.shape, dtype=moments.dtype, device=a.x.device)
+    if qkv.numel() > 0:
+        gemm(
+            "layernorm_linear",
+            x=as_rows(a.x),
+            weight=a.qkv_weight,
+            bias=_check.dense(a.qkv_bias),
+            ln_weight=a.ln_weight.contiguous(),
+            ln_bias=_check.dense(a.ln_bias),
+            y=as_rows(qkv),
+            moments=moments,
+            act="none",
+            eps=a.eps,
+        )
+    attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale)
+    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+    return y, qkv, attended, lse, moments
+
+
+def fake(a: Arguments, device: str | None = None) -> _Results:
+    batch, n, _ = a.x.shape
+    width = a.qkv_weight.shape[0] // 3
+    wide = torch.promote_types(a.qkv_weight.dtype, torch.float32)
+
+    def empty(*size: int, dtype: torch.dtype = a.qkv_weight.dtype) -> torch.Tensor:
+        return a.x.new_empty(size, dtype=dtype, device=device)
+
+    return (
+        empty(batch, n, a.proj_weight.shape[0], dtype=result_dtype(a.qkv_weight, a.gamma, a.residual)),
+        empty(batch, n, 3 * width),
+        empty(batch, n, width),
+        empty(batch, a.num_heads, n, dtype=wide),
+        empty(batch * n, 2, dtype=torch.promote_types(a.x.dtype, torch.float32)),
+    )
+
+
+def unsupported(a: Arguments) -> str | None:
+    if 0 in a.qkv_weight.shape:
+        return "x has no features"
+    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a)
+
+
+def _measured(a: Arguments) -> str:
+    batch, n, features = a.x.shape
+    width = a.proj_weight.shape[1]
+    sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads, "k": features}
+    key = tuning.key("layernorm_attention_training", a.qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
+    return tuning.choice(key, a.x.device, "reference")
+
+
+def cost(a: Arguments) -> Cost:
+    batch, n, features = a.x.shape
+    (out, width), results = a.proj_weight.shape, fake(a, "meta")
+    flops = 2 * batch * n * width * (3 * features + out) + 4 * batch * n * n * width
+    # qkv and what attention gives are read again
+    return Cost(flops, nbytes(a) + nbytes(results) + nbytes(results[1:3]))
+
+
+_NORM = frozenset({"x", "ln_weight", "ln_bias"})
+_BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
+
+
+def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
+    saves: set[str | int] = set()
+    if needs & _BEFORE_ATTENTION:
+        saves |= {"proj_weight", "gamma", 1, 2, 3}
+    if needs & _NORM:
+        saves |= {"x", "ln_weight", "qkv_weight"}
+    if "qkv_weight" in needs:
+        saves |= {"x", "ln_weight", "ln_bias", 4}
+    if needs & {"proj_weight", "proj_bias"}:
+        saves.add("gamma")
+    if needs & {"proj_weight", "gamma"}:
+        saves.add(2)
+    if "gamma" in needs:
+        saves |= {"proj_weight", "proj_bias", "gamma"}
+    return saves
+
+
+def backward(
+    a: Arguments, results: tuple[Any, ...], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    _, qkv, attended, lse, moments = results
+    found: dict[str, torch.Tensor | None] = {}
+    branch = grad.to(a.qkv_weight.dtype)
+    if needs & {"proj_weight", "gamma"}:
+        of_proj = parameter_gradients(
+            as_rows(branch),
+            as_rows(attended),
+            a.proj_weight,
+            a.proj_bias,
+            a.gamma,
+            "proj_bias" in needs,
+            "gamma" in needs,
+        )
+        found |= {"proj_weight": of_proj.weight, "proj_bias": of_proj.bias, "gamma": of_proj.gamma}
+    elif "proj_bias" in needs:
+        found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma)
+    if needs & _BEFORE_ATTENTION:
+        of_attended = input_gradient(branch, a.proj_weight, a.gamma)
+        dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, a.num_heads, a.scale)
+        rows = as_rows(dqkv)
+        if "qkv_weight" in needs:
+            norm = Norm(a.ln_weight, a.ln_bias, moments)
+            of_qkv = parameter_gradients(
+                rows, as_rows(a.x), a.qkv_weight, None, None, "qkv_bias" in needs, norm=norm
+            )
+            found |= {"qkv_weight": of_qkv.weight, "qkv_bias": of_qkv.bias}
+        elif "qkv_bias" in needs:
+            found["qkv_bias"] = bias_gradient(rows, None)
+    if needs & _NORM:
+        normed = input_gradient(rows, a.qkv_weight, None)
+        found |= norm_gradients(normed, a.x, a.ln_weight, a.eps, needs, a.residual, grad)
+    elif a.residual is not None:
+        found["residual"] = grad.to(a.residual.dtype)
+    return found
+
+
+LAYERNORM_ATTENTION_TRAINING = Op(
+    "layernorm_attention_training",
+    "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps",
+    arguments=Arguments,
+    kernel=kernel,
+    reference=reference_training,
+    fake=fake,
+    unsupported=unsupported,
+    measured=_measured,
+    cost=cost,
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gradient=Gradient(saves=saves_of, backward=backward),
+)

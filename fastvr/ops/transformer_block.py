@@ -1,0 +1,196 @@
+"""transformer_block: a whole pre-norm block in training as one op, for autocast.
+
+There the residual stream is float32, twice as wide as what matrix products read, so that keeping it twice a
+block would cost the most. Of the two this op keeps the first; the second, between attention and MLP, is the
+output projection's result, and computed again from what that read: 3 % more arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fastvr import tuning
+from fastvr.ops import layernorm_attention, layernorm_mlp
+from fastvr.ops._op import Cost, Gradient, Op
+from fastvr.ops.linear import LINEAR, result_dtype
+from fastvr.reference.layernorm_attention import layernorm_attention_training as attention_reference
+from fastvr.reference.layernorm_mlp import layernorm_mlp_training as mlp_reference
+
+
+def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mapping[str, Any]) -> torch.Tensor:
+    """``x + attention(norm1(x))``, and that plus its ``mlp(norm2(...))``.
+
+    Args:
+        x: [B, N, features], float32, float16 or bfloat16 (float64 runs in PyTorch).
+        attention: the arguments of :func:`fastvr.ops.layernorm_attention.layernorm_attention` but x and
+            residual.
+        mlp: those of :func:`fastvr.ops.layernorm_mlp.layernorm_mlp` but x and residual.
+
+    Returns:
+        [B, N, features].
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value; the message names it and the half.
+    """
+    first = layernorm_attention.checked(x, **attention, residual=x)
+    # what goes into the second half has x's shape and, where one op does all, its dtype
+    second = layernorm_mlp.checked(x, **mlp, residual=x)
+    if result_dtype(x, first.gamma) == x.dtype and x.dtype != first.qkv_weight.dtype:
+        args = (x, *_own(first), *_own(second), *first[-3:], *second[-2:])
+        if TRANSFORMER_BLOCK_TRAINING.trains(*args):
+            return TRANSFORMER_BLOCK_TRAINING(*args)[0]
+    y = layernorm_attention.run(first)
+    if y.dtype == x.dtype:
+        return layernorm_mlp.LAYERNORM_MLP(*second._replace(x=y, residual=y))
+    return layernorm_mlp.layernorm_mlp(y, **mlp, residual=y)
+
+
+def _own(half: layernorm_attention.Arguments | layernorm_mlp.Arguments) -> tuple[Any, ...]:
+    """Its seven parameters: without x, residual and numbers."""
+    return half[1:8]
+
+
+class Arguments(NamedTuple):
+    """``attn_`` and ``mlp_`` are the halves' arguments of these names."""
+
+    x: torch.Tensor
+    attn_ln_weight: torch.Tensor
+    attn_ln_bias: torch.Tensor | None
+    attn_qkv_weight: torch.Tensor
+    attn_qkv_bias: torch.Tensor | None
+    attn_proj_weight: torch.Tensor
+    attn_proj_bias: torch.Tensor | None
+    attn_gamma: torch.Tensor | None
+    mlp_ln_weight: torch.Tensor
+    mlp_ln_bias: torch.Tensor | None
+    mlp_fc1_weight: torch.Tensor
+    mlp_fc1_bias: torch.Tensor | None
+    mlp_fc2_weight: torch.Tensor
+    mlp_fc2_bias: torch.Tensor | None
+    mlp_gamma: torch.Tensor | None
+    num_heads: int
+    scale: float
+    attn_eps: float
+    mlp_eps: float
+    act: str
+
+
+_Results = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+
+
+def _attention(a: Arguments) -> layernorm_attention.Arguments:
+    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, a.num_heads, a.scale, a.attn_eps)
+
+
+def _mlp(a: Arguments, between: torch.Tensor) -> layernorm_mlp.Arguments:
+    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act)
+
+
+def _kernel(a: Arguments) -> _Results:
+    between, *of_attention = layernorm_attention.kernel(_attention(a))
+    y, *of_mlp = layernorm_mlp.kernel_training(_mlp(a, between))
+    return (y, *of_attention, *of_mlp)  # type: ignore[return-value]
+
+
+def _reference(*args: Any) -> _Results:
+    a = Arguments(*args)
+    between, *of_attention = attention_reference(*_attention(a))
+    y, *of_mlp = mlp_reference(*_mlp(a, between))
+    return (y, *of_attention, *of_mlp)  # type: ignore[return-value]
+
+
+def _fake(a: Arguments) -> _Results:
+    between, *of_attention = layernorm_attention.fake(_attention(a))
+    y, *of_mlp = layernorm_mlp.fake_training(_mlp(a, between))
+    return (y, *of_attention, *of_mlp)  # type: ignore[return-value]
+
+
+def _unsupported(a: Arguments) -> str | None:
+    return layernorm_attention.unsupported(_attention(a)) or layernorm_mlp.unsupported(_mlp(a, a.x))
+
+
+def _measured(a: Arguments) -> str:
+    batch, n, features = a.x.shape
+    sizes = {"n": n, "h": a.num_heads, "k": features, "hidden": a.mlp_fc1_weight.shape[0]}
+    key = tuning.key("transformer_block_training", a.attn_qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
+    return tuning.choice(key, a.x.device, "reference")
+
+
+def _cost(a: Arguments) -> Cost:
+    halves = layernorm_attention.cost(_attention(a)), layernorm_mlp.cost_training(_mlp(a, a.x))
+    return Cost(sum(half.flops for half in halves), sum(half.bytes for half in halves))
+
+
+def _needs_of_halves(needs: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    attention, mlp = (
+        frozenset(name.removeprefix(half) for name in needs if name.startswith(half))
+        for half in ("attn_", "mlp_")
+    )
+    if "x" in needs:
+        attention |= {"x", "residual"}
+    return attention, mlp | {"x", "residual"} if attention else mlp
+
+
+def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
+    of_attention, of_mlp = _needs_of_halves(needs)
+    saves: set[str | int] = set()
+    for half, names, places in (
+        ("attn_", layernorm_attention.saves_of(_attention(a), of_attention), 0),
+        ("mlp_", layernorm_mlp.saves_of(_mlp(a, a.x), of_mlp), 4),
+    ):
+        for name in names:
+            if isinstance(name, int):
+                saves.add(name + places)
+            elif (half, name) != ("mlp_", "x"):
+                saves.add("x" if name == "x" else half + name)
+            else:
+                # what lies between the halves is computed again
+                saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma"}
+    return saves
+
+
+def _backward(
+    a: Arguments, results: tuple[Any, ...], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor | None]:
+    _, qkv, attended, lse, attn_moments, hidden, mlp_moments = results
+    of_attention, of_mlp = _needs_of_halves(needs)
+    found: dict[str, torch.Tensor | None] = {}
+    if of_mlp:
+        between = a.x
+        if "x" in layernorm_mlp.saves_of(_mlp(a, a.x), of_mlp):
+            between = LINEAR.where_supported(
+                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none"
+            )
+        gradients = layernorm_mlp.backward(_mlp(a, between), (None, hidden, mlp_moments), grad, of_mlp)
+        found |= {f"mlp_{name}": value for name, value in gradients.items()}
+        grad = found.get("mlp_x", grad)  # type: ignore[assignment]
+    if of_attention:
+        kept = (None, qkv, attended, lse, attn_moments)
+        gradients = layernorm_attention.backward(_attention(a), kept, grad, of_attention)
+        found |= {f"attn_{name}": value for name, value in gradients.items()}
+        found["x"] = found.get("attn_x")
+    return found
+
+
+TRANSFORMER_BLOCK_TRAINING = Op(
+    "transformer_block_training",
+    "Tensor x, Tensor attn_ln_weight, Tensor? attn_ln_bias, Tensor attn_qkv_weight, Tensor? attn_qkv_bias, "
+    "Tensor attn_proj_weight, Tensor? attn_proj_bias, Tensor? attn_gamma, Tensor mlp_ln_weight, "
+    "Tensor? mlp_ln_bias, Tensor mlp_fc1_weight, Tensor? mlp_fc1_bias, Tensor mlp_fc2_weight, "
+    "Tensor? mlp_fc2_bias, Tensor? mlp_gamma, int num_heads, float scale, float attn_eps, float mlp_eps, "
+    "str act",
+    arguments=Arguments,
+    kernel=_kernel,
+    reference=_reference,
+    fake=_fake,
+    unsupported=_unsupported,
+    measured=_measured,
+    cost=_cost,
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gradient=Gradient(saves=_saves, backward=_backward),
+)

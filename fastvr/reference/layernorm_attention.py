@@ -1,0 +1,49 @@
+"""A transformer's attention with the LayerNorm before it, both projections and the residual addition."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvr.reference.attention import attention, attention_training
+from fastvr.reference.layer_norm import layer_norm, row_moments
+from fastvr.reference.linear import linear
+
+
+def layernorm_attention(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps: float,
+) -> torch.Tensor:
+    normed = layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype)
+    attended = attention(linear(normed, qkv_weight, qkv_bias), num_heads, scale)
+    return linear(attended, proj_weight, proj_bias, gamma, residual)
+
+
+def layernorm_attention_training(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor | None,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The result, qkv, what attention gives with its log-sum-exp, and the LayerNorm's ``row_moments``."""
+    qkv = linear(layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype), qkv_weight, qkv_bias)
+    attended, lse = attention_training(qkv, num_heads, scale)
+    y = linear(attended, proj_weight, proj_bias, gamma, residual)
+    return y, qkv, attended.contiguous(), lse, row_moments(x, eps)

@@ -1,0 +1,203 @@
+"""Building the model that a checkpoint is for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastvr.models._model import Model
+from fastvr.models.positions import resample
+from fastvr.models.registry import MODELS
+from fastvr.models.resnet import ResNet
+from fastvr.models.vit import ViT
+from fastvr.models.vit_distilled import DistilledViT
+from fastvr.weights import preprocessing
+from fastvr.weights.describe import mlp_ratio, resnet_arguments
+from fastvr.weights.errors import CheckpointError
+from fastvr.weights.layouts import Recognised, recognise
+from fastvr.weights.load import as_checkpoint, fill, unknown_layout
+from fastvr.weights.read import Checkpoint
+
+logger = logging.getLogger("fastvr")
+
+_HEADS = ("head", "head_dist", "fc")
+
+
+def load_model(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Model:
+    """The model that a checkpoint is for, with its weights, in eval mode and float32.
+
+    Depth, width, patches, register and distillation tokens, LayerScale and the number of classes are those of
+    the weights. Heads, eps and activation are those of config.json where there is one, else what the layout's
+    own library takes: eps 1e-6 and exact GELU for timm and torchvision, 1e-12 for transformers, 1e-5, ReLU
+    and post-norm for a plain ``nn.TransformerEncoder``, with attention over the tokens. What is a guess,
+    and what is not in the checkpoint, is logged as a warning of the logger ``fastvr``. Where mean and
+    deviation of the images lie beside the weights, ``model.preprocessing`` has them and the model takes uint8
+    images.
+
+    Args:
+        path_or_state_dict: as for :func:`load_checkpoint`.
+        num_classes: another number than the checkpoint's makes a new head, 0 none.
+        img_size: another size than the checkpoint's resamples the position embeddings, bicubic with
+            antialiasing in float32 as timm does; for a ViT.
+        overrides: arguments of :class:`ViT` or :class:`ResNet` that go before what the checkpoint says, such
+            as ``num_heads``, ``act`` or ``drop_path_rate``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read, or is for none of fastvr's models; names what is wrong.
+        ValueError, TypeError: arguments that do not fit; the message names them.
+    """
+    checkpoint = as_checkpoint(path_or_state_dict, "load_model")
+    return build(checkpoint, num_classes=num_classes, img_size=img_size, **overrides)
+
+
+def build(
+    checkpoint: Checkpoint,
+    *,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    **overrides: Any,
+) -> Model:
+    """:func:`load_model` of what was read already."""
+    source = checkpoint.source
+    found = recognise(checkpoint.state, checkpoint.config, source)
+    if found is None:
+        raise CheckpointError(unknown_layout(checkpoint, "ViT or ResNet"))
+    how = preprocessing.read(checkpoint.config, checkpoint.preprocessor, source)
+    try:
+        kind, arguments = _arguments(found, overrides, source)
+    except CheckpointError:
+        raise
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{source} ({found.title} layout of a {found.family}): lacks weights that tell its shape: {error}"
+        ) from error
+    if img_size is not None:
+        if found.family != "ViT":
+            raise ValueError("load_model: img_size is for a ViT; a ResNet takes images of every size")
+        arguments["img_size"], old = img_size, arguments["img_size"]
+    if num_classes is not None:
+        arguments["num_classes"], had = num_classes, arguments["num_classes"]
+    model = kind(**{**arguments, **overrides}).eval()
+    state = dict(found.state)
+    if isinstance(model, ViT) and img_size is not None and model.img_size != old:
+        _resample(state, model, old)
+        logger.info("%s: positions resampled from images of %s to %s", source, old, model.img_size)
+    if num_classes is not None and num_classes != had:
+        fresh = model.state_dict()
+        state = {name: t for name, t in state.items() if name.partition(".")[0] not in _HEADS}
+        state |= {name: t.clone() for name, t in fresh.items() if name.partition(".")[0] in _HEADS}
+        if num_classes:
+            logger.warning("%s: a new head for %d classes, untrained (it has %d)", source, num_classes, had)
+    fill(model, found._replace(state=state, stated={}), source)
+    if how is not None and len(how.mean) == model.in_chans:
+        if isinstance(model, ViT) and model.img_size[0] == model.img_size[1]:
+            how = how.at(model.img_size[0])
+        model.preprocessing = how
+        model.normalize_images(how.mean, how.std)
+    return model
+
+
+def _resample(state: dict[str, torch.Tensor], model: ViT, old: tuple[int, int]) -> None:
+    patch = model.patch_size
+    grid = old[0] // patch[0], old[1] // patch[1]
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    given = state["pos_embed"]
+    if given.dim() != 3 or given.shape[1] != prefix + grid[0] * grid[1] or not given.is_floating_point():
+        return  # fill names what is wrong with it
+    state["pos_embed"] = resample(given, grid, model.grid_size, prefix)
+
+
+def _arguments(
+    found: Recognised, overrides: Mapping[str, Any], source: str
+) -> tuple[type[Model], dict[str, Any]]:
+    if found.family == "ResNet":
+        return ResNet, resnet_arguments(found.state)
+    state, stated = found.state, dict(found.stated)
+    projection = state["patch_embed.proj.weight"]
+    width, in_chans, *patch = projection.shape
+    numbers = {int(n) for key in state for n in re.findall(r"^blocks\.(\d+)\.", key)}
+    depth = len(numbers)
+    if numbers != set(range(depth)):
+        raise CheckpointError(f"{source}: has {depth} blocks, with numbers up to {max(numbers)}")
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    distilled = "dist_token" in state
+    prefix = sum(state[name].shape[1] for name in ("cls_token", "reg_token", "dist_token") if name in state)
+    head = state.get("head.weight")
+    fc_norm = "fc_norm.weight" in state
+    positions = state["pos_embed"].shape[1]
+    no_embed_class = overrides.get("no_embed_class", stated.pop("no_embed_class", None))
+    size = stated.pop("img_size", None)
+    if size is None:
+        if no_embed_class is None:
+            no_embed_class = math.isqrt(positions - prefix) ** 2 != positions - prefix
+        side = math.isqrt(positions if no_embed_class else positions - prefix)
+        size = (side * patch[0], side * patch[1])
+    patches = (size[0] // patch[0]) * (size[1] // patch[1])
+    if no_embed_class is None:
+        no_embed_class = positions == patches
+    if positions != patches + (0 if no_embed_class else prefix):
+        raise CheckpointError(
+            f"{source}: has {positions} positions, which are not those of images of {size[0]}x{size[1]} "
+            f"pixels in patches of {patch[0]}x{patch[1]}"
+        )
+    arguments = {
+        "img_size": size,
+        "patch_size": tuple(patch),
+        "in_chans": in_chans,
+        "num_classes": 0 if head is None else head.shape[0],
+        "embed_dim": width,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio(hidden, width),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "pre_norm": "norm_pre.weight" in state,
+        "no_embed_class": bool(no_embed_class),
+        "fc_norm": fc_norm,
+        **stated,
+    }
+    if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():
+        arguments = {"norm_eps": 1e-5, **arguments}
+        logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
+    if "num_heads" not in overrides and "num_heads" not in arguments:
+        arguments["num_heads"] = _heads(width, source, guessed=found.layout == "encoder")
+    if distilled:
+        return DistilledViT, arguments
+    has_class_token = "cls_token" in state
+    arguments["class_token"] = has_class_token
+    arguments["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
+    arguments.setdefault("global_pool", "token" if has_class_token and not fc_norm else "avg")
+    return ViT, arguments
+
+
+def _heads(width: int, source: str, *, guessed: bool) -> int:
+    known = {
+        entry.arguments["embed_dim"]: entry.arguments["num_heads"]
+        for entry in MODELS.values()
+        if "embed_dim" in entry.arguments
+    }
+    heads: int = known.get(width, 0 if width % 64 else width // 64)
+    if not heads:
+        raise CheckpointError(
+            f"{source}: does not say how many heads share its width of {width}: give num_heads="
+        )
+    if guessed or width not in known:
+        logger.warning(
+            "%s: does not say how many heads it has; %d of width %d are taken (num_heads=)",
+            source,
+            heads,
+            width // heads,
+        )
+    return heads

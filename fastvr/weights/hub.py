@@ -1,0 +1,78 @@
+"""Models by name, with weights from Hugging Face's hub where somebody asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastvr.models._model import Model
+from fastvr.models.registry import build_model, find
+from fastvr.weights.build import load_model
+from fastvr.weights.errors import CheckpointError
+
+_HUB = "hf-hub:"
+_CONFIGS = ["config.json", "preprocessor_config.json"]
+# of what a repository holds twice, the first
+_WEIGHTS = (
+    ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+    ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+)
+
+
+def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model:
+    """A model by timm's name, with fresh weights or those of the hub.
+
+    Args:
+        name: one of :func:`list_models`; with ``pretrained`` also with a tag, as timm has them
+            (``"vit_base_patch16_224.augreg_in1k"``). ``"hf-hub:OWNER/NAME"`` is a repository of the hub with
+            weights that :func:`load_model` takes, and always comes with them.
+        pretrained: fetch the weights that timm publishes for the model, through ``huggingface_hub``, which
+            keeps them in its cache. Nothing is fetched otherwise.
+        overrides: arguments of the model (:class:`ViT`, :class:`ResNet`); with weights as for
+            :func:`load_model`.
+
+    Returns:
+        A model in training mode; with weights from the hub in eval mode.
+
+    Raises:
+        ValueError: no model has this name, or none of its weights are published.
+        CheckpointError: the weights cannot be fetched, which says what to do instead, or loaded.
+    """
+    if name.startswith(_HUB):
+        return load_model(download(name.removeprefix(_HUB)), **overrides)
+    name, _, tag = name.partition(".")
+    if not pretrained:
+        return build_model(name, **overrides)
+    tag = tag or find(name).tag or ""
+    if not tag:
+        raise ValueError(f"create_model: pretrained must be False for {name}: no weights of it are published")
+    return load_model(download(f"timm/{name}.{tag}"), **overrides)
+
+
+def download(repository: str) -> Path:
+    """The folder with a repository's weights and configurations, fetched where the cache does not have them.
+
+    Raises:
+        CheckpointError: ``huggingface_hub`` is missing, or the hub cannot be reached or has no such weights.
+    """
+    instead = (
+        f"without a network, run `hf download {repository} --local-dir DIR` where there is one, bring DIR "
+        "here and call fastvr.load_model(DIR)"
+    )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{repository}: fetching it needs huggingface_hub (pip install huggingface_hub); {instead}"
+        ) from None
+    for weights in _WEIGHTS:
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=_CONFIGS + weights))
+        except Exception as error:  # its errors are of many kinds, and those of its network library
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+            raise CheckpointError(
+                f"{repository}: cannot be fetched from the hub ({type(error).__name__}: {reason}); {instead}"
+            ) from error
+        if any(list(folder.glob(pattern)) for pattern in weights):
+            return folder
+    raise CheckpointError(f"{repository}: holds neither model.safetensors nor pytorch_model.bin")

@@ -1,0 +1,145 @@
+"""Writing a model's weights in another library's layout, with what belongs to them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvr.models._model import Model
+from fastvr.models.resnet import ResNet
+from fastvr.models.vit import ViT
+from fastvr.models.vit_distilled import DistilledViT
+from fastvr.tuning.table import replacing
+from fastvr.weights import configs, preprocessing, torchvision, transformers, transformers_resnet
+from fastvr.weights.describe import describe
+from fastvr.weights.read import METADATA_KEY
+
+LAYOUTS = ("timm", "torchvision", "transformers")
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm") -> Path:
+    """Write ``model``'s weights so that ``layout``'s library, and :func:`load_model`, can read them.
+
+    Args:
+        model: a ViT or ResNet.
+        path: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file with the state dict alone, or a folder: it
+            gets ``model.safetensors`` and ``config.json`` (``timm.create_model("local-dir:...")`` takes it,
+            transformers' ``from_pretrained`` does) and what is known of the images' preprocessing. What is
+            there already is replaced, each file at once.
+        layout: "timm", "torchvision", or "transformers", which takes a folder.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        ValueError: an argument is wrong, or the layout has no such model; nothing is written.
+    """
+    if not isinstance(model, (ViT, ResNet)):
+        raise ValueError(f"save_model: model must be a ViT or ResNet; got {type(model).__name__}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"save_model: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    path = Path(path)
+    folder = path.suffix not in _SUFFIXES
+    if layout == "transformers" and not folder:
+        raise ValueError(f"save_model: path must be a folder for transformers' layout; got {path}")
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise ValueError("save_model: model must hold memory (model.to_empty); got tensors on meta")
+    described = describe(model)
+    config: dict[str, Any] = {}
+    if layout == "timm":
+        config = configs.timm_config(model, described)
+    elif layout == "torchvision":
+        configs.check_torchvision(model, described)
+        state = _renamed(state, torchvision.export) if isinstance(model, ViT) else state
+    elif isinstance(model, ViT):
+        config = configs.transformers_vit(model, described)
+        state = _transformers_state(state, model, config["model_type"])
+    else:
+        config = configs.transformers_resnet(model)
+        with_head = bool(model.num_classes)
+        state = _renamed(state, lambda name: transformers_resnet.export(name, with_head))
+    how = model.preprocessing
+    if layout == "transformers":
+        config |= {METADATA_KEY: described} if described else {}
+    else:
+        own = own_config(model)
+        config |= {**own, "pretrained_cfg": own.get("pretrained_cfg", {}) | config.get("pretrained_cfg", {})}
+    if not folder:
+        _write_file(path, state, {METADATA_KEY: json.dumps(config)})
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    _write_file(path / "model.safetensors", state, {})
+    _write_json(path / "config.json", config)
+    if how is not None and layout == "transformers":
+        _write_json(path / "preprocessor_config.json", preprocessing.for_transformers(how))
+    return path
+
+
+def own_config(model: Model) -> dict[str, Any]:
+    """What :func:`load_model` needs beside the weights in fastvr's own names, and timm's preprocessing.
+
+    Raises:
+        ValueError: somebody put other modules into the model.
+    """
+    how, described = model.preprocessing, describe(model)
+    config: dict[str, Any] = {METADATA_KEY: described} if described else {}
+    return config if how is None else config | {"pretrained_cfg": preprocessing.for_timm(how)}
+
+
+def _transformers_state(
+    state: dict[str, torch.Tensor], model: ViT, model_type: str
+) -> dict[str, torch.Tensor]:
+    state = dict(state)
+    if model_type == "deit" and "reg_token" in state:
+        state["dist_token"] = state.pop("reg_token")
+    if model_type == "dinov2_with_registers":
+        # the class token has its position in it already
+        state["pos_embed"] = torch.cat([torch.zeros_like(state["cls_token"]), state["pos_embed"]], dim=1)
+    with_head = bool(model.num_classes)
+
+    def export(name: str) -> tuple[str, ...] | None:
+        keys = transformers.export(name, model_type, with_head)
+        if isinstance(model, DistilledViT) and name.startswith("head."):
+            return (name.replace("head", "cls_classifier", 1),)
+        return keys
+
+    return _renamed(state, export)
+
+
+def _renamed(
+    state: dict[str, torch.Tensor], export: Callable[[str], tuple[str, ...] | None]
+) -> dict[str, torch.Tensor]:
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        keys = export(name)
+        if keys is None:
+            raise ValueError(f"save_model: the layout has no name for {name}")
+        parts = tensor.chunk(len(keys)) if len(keys) > 1 else (tensor,)
+        renamed |= {key: part.clone() for key, part in zip(keys, parts, strict=True)}
+    return renamed
+
+
+def _write_file(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save as serialise
+
+        data = serialise(state, metadata={"format": "pt", **metadata})
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+    with replacing(path) as file:
+        file.write(data)
+
+
+def _write_json(path: Path, config: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(config, indent=2) + "\n").encode())

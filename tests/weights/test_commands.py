@@ -1,0 +1,91 @@
+"""``fastvr convert`` and ``fastvr verify``, on files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import fastvr
+from fastvr.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def checkpoint(make_peer, tmp_path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    save_file(make_peer("torchvision-vit").state_dict(), path)
+    return path
+
+
+def test_convert_and_back(checkpoint, tmp_path) -> None:
+    folder, back = tmp_path / "folder", tmp_path / "back.pt"
+    made = runner.invoke(
+        app, ["convert", str(checkpoint), str(folder), "--to", "transformers", "--num-heads", "2"]
+    )
+    assert made.exit_code == 0, made.output
+    made = runner.invoke(app, ["convert", str(folder), str(back), "--to", "torchvision"])
+    assert made.exit_code == 0, made.output
+    before, after = fastvr.load_model(checkpoint, num_heads=2), fastvr.load_model(back, num_heads=2)
+    assert all(torch.equal(t, after.state_dict()[name]) for name, t in before.state_dict().items())
+    smaller = runner.invoke(
+        app, ["convert", str(folder), str(back), "--to", "timm", "--image-size", "16", "--num-classes", "3"]
+    )
+    assert smaller.exit_code == 0, smaller.output
+    changed = fastvr.load_model(back, num_heads=2)
+    assert (changed.img_size, changed.num_classes) == ((16, 16), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "missing.pt", "out", "--to", "timm"], "missing.pt: no such checkpoint"),
+        (["convert", "WEIGHTS", "out", "--to", "timm"], "how many heads"),
+        (["convert", "WEIGHTS", "out", "--to", "onnx", "--num-heads", "2"], "layout must be one of"),
+        (["verify", "missing.pt"], "missing.pt: no such checkpoint"),
+        (["verify", "WEIGHTS", "--dtype", "int8"], "--dtype must be one of"),
+        (["verify", "WEIGHTS", "--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, checkpoint, monkeypatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    made = runner.invoke(app, [str(checkpoint) if word == "WEIGHTS" else word for word in arguments])
+    assert made.exit_code == 2
+    assert message in made.output
+    assert not (checkpoint.parent / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_shows_both_errors(dtype, make_peer, tmp_path) -> None:
+    make_peer("transformers-vit").save_pretrained(tmp_path)
+    made = runner.invoke(app, ["verify", str(tmp_path), "--dtype", dtype])
+    assert made.exit_code == 0, made.output
+    for words in ("ViT in the layout of transformers", "max error", "RMS error", "Against float64: "):
+        assert words in made.output
+    rows = [line.split() for line in made.output.splitlines()]
+    numbers = {row[0]: [float(word) for word in row[1:]] for row in rows if len(row) == 3}
+    assert set(numbers) == {"transformers", "fastvr", "allowed"}
+    assert all(0 < ours <= most for ours, most in zip(numbers["fastvr"], numbers["allowed"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "timm-vit", "timm-resnet", "torchvision-vit"])
+def test_verify_takes_files_without_a_configuration(kind, make_peer, tmp_path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({name: t.contiguous() for name, t in make_peer(kind).state_dict().items()}, path)
+    heads = [] if "resnet" in kind else ["--num-heads", "2"]
+    made = runner.invoke(app, ["verify", str(path), "--batch", "2", *heads])
+    assert made.exit_code == 0, made.output
+    assert f"layout of {kind.partition('-')[0]}" in made.output
+
+
+def test_verify_fails_where_the_numbers_differ(make_peer, tmp_path, monkeypatch) -> None:
+    make_peer("transformers-vit").save_pretrained(tmp_path)
+    forward = fastvr.ViT.forward
+    monkeypatch.setattr(fastvr.ViT, "forward", lambda self, x: forward(self, x) + 1)
+    made = runner.invoke(app, ["verify", str(tmp_path)])
+    assert made.exit_code == 1
+    assert "differs" in made.output
