@@ -88,8 +88,8 @@ def _run(
         os.environ |= dict(zip(names, map(str, rank), strict=True), MASTER_ADDR="127.0.0.1")
     create = models.create
 
-    def dropping(*args: Any) -> Any:
-        model = create(*args)
+    def dropping(*args: Any, **named: Any) -> Any:
+        model = create(*args, **named)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
