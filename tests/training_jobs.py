@@ -60,7 +60,7 @@ def start(
     dropout: float = 0.0,
     **settings: Any,
 ) -> BaseProcess:
-    """A run of ``Settings(out, GIVEN | given, **settings)``.
+    """A run of ``Settings(out, GIVEN | given, device="cpu", **settings)``.
 
     ``kill``: (moment, n): the process kills itself at the nth "step", or nth checkpoint: in the middle of
     its "write", before or after it "replace"s the last one, or in the middle of the nth "row"s of the CSV.
@@ -69,7 +69,7 @@ def start(
     context = multiprocessing.get_context("forkserver")
     # once, not in every job; the optimizers import the compiler
     context.set_forkserver_preload(_PRELOADED)
-    asked = Settings(out, GIVEN | given, **settings)
+    asked = Settings(out, GIVEN | given, device="cpu", **settings)
     job = context.Process(target=_run, args=(asked, kill, rank, dropout))
     job.start()
     return job
