@@ -430,8 +430,8 @@ def verify(
     table.add_row("allowed", f"{found.ours.max_bound:.3g}", f"{found.ours.rms_bound:.3g}")
     console = _console()
     # a path is not broken into lines
-    heading = Text(f"{checkpoint}: {type(found.model).__name__} in the layout of {found.layout}\n")
-    console.print(heading, soft_wrap=True)
+    title = Text(f"{checkpoint}: {type(found.model).__name__} in the layout of {found.layout}\n")
+    console.print(title, soft_wrap=True)
     console.print(table)
     console.print(Text(f"\nAgainst float64: {found.ours.verdict}."))
     raise typer.Exit(0 if found.ours.passed else 1)
