@@ -273,12 +273,15 @@ class Op(Generic[_Result]):
         names = [argument.name for argument in self.overload._schema.arguments]
         saves = set(self._gradient.saves(self._arguments(*inputs), self._needs(ctx)))
         kept: dict[str | int, torch.Tensor] = {}
-        ctx.others, ctx.repeated = {}, {}
+        ctx.others, ctx.repeated, ctx.cast = {}, {}, {}
         for name, value in [*zip(names, inputs, strict=True), *enumerate(results)]:
             if not isinstance(value, torch.Tensor):
                 ctx.others[name] = value
             elif (first := next((other for other in kept if kept[other] is value), None)) is not None:
                 ctx.repeated[name] = first
+            elif name in saves and (parameter := _cast_from(value)) is not None:
+                # it is there anyhow, and costs less to cast again than to keep
+                kept[name], ctx.cast[name] = parameter, value.dtype
             elif name in saves:
                 kept[name] = value
             else:
@@ -301,6 +304,7 @@ class Op(Generic[_Result]):
             return (None,) * len(names)
         values = ctx.others | dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
         values |= {name: values[first] for name, first in ctx.repeated.items()}
+        values |= {name: values[name].detach().to(dtype) for name, dtype in ctx.cast.items()}
         results = tuple(values[i] for i in range(len(values) - len(names)))
         needs = self._needs(ctx)
         with _no_autocast(grad.device):
@@ -355,6 +359,17 @@ def reference_gradients(
             for i, arg in enumerate(args)
         ]
         return torch.autograd.grad(reference(*leaves), [leaves[i] for i in wanted], grad)
+
+
+def _cast_from(value: torch.Tensor) -> torch.nn.Parameter | None:
+    """The parameter that ``value`` is a copy of in autocast's dtype, or None."""
+    node = value.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    parameter = getattr(node.next_functions[0][0], "variable", None)
+    # of another shape where a batched or sharded tensor came from it
+    same = isinstance(parameter, torch.nn.Parameter) and parameter.shape == value.shape
+    return parameter if same else None
 
 
 def _watched(args: Iterable[object]) -> bool:

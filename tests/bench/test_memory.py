@@ -39,15 +39,15 @@ def test_nothing_to_differentiate_is_an_error() -> None:
         _saved(nn.Linear(8, 4).requires_grad_(False), 5, 8)
 
 
-def test_json(tmp_path: Path, capsys) -> None:
+def test_json_and_the_budget(tmp_path: Path, capsys) -> None:
     pytest.importorskip("triton")
     path = tmp_path / "memory.json"
-    assert memory.main(["--batch", "2", "--json", str(path)]) == 0
+    assert memory.main(["--batch", "64", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert list(found) == ["vit_b_16", "vit_b_16 autocast", "resnet50", "resnet50 autocast"]
-    for row in found.values():
+    for name, row in found.items():
         assert set(row) == {"eager", "fastvr"}
-        assert 0 < row["fastvr"] < row["eager"]
+        assert 0 < row["fastvr"] <= (0.60 if "vit" in name else 0.65) * row["eager"]
     assert "vit_b_16" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         memory.main(["--batch", "0"])
