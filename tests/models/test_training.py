@@ -187,3 +187,31 @@ def test_autocast_is_eagers(tiny, tiny_timm, images, device) -> None:
         exact = truth_model(theirs)(x.double())
     assert_parity(actual, eager, exact)
     assert_parity(kernels, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["vit", "basic", "bottleneck"])
+def test_gradients_under_autocast_with_a_scaler(kind, dtype, tiny_vit, tiny_resnet, images, device) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return (tiny_vit(depth=2) if kind == "vit" else tiny_resnet(kind)).to(device).train()
+
+    def step(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
+        optimizer = torch.optim.SGD(model.parameters())
+        with torch.autocast(device.type, dtype):
+            y = model(images)
+        scaler.scale((y * upstream.to(torch.promote_types(y.dtype, torch.float32))).sum()).backward()
+        scaler.unscale_(optimizer)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    ours, theirs = make(), make()
+    truth = truth_model(theirs)
+    x = images(4, size=64).to(device) if kind != "vit" else images(3).to(device)
+    upstream = torch.randn(len(x), ours(x).shape[1], device=device)
+    with fastvr.use_backend("triton"):
+        actual = step(ours, x)
+    with fastvr.use_backend("reference"):
+        eager, exact = step(theirs, x), step(truth, x.double())
+    assert_parity(actual, eager, exact, kind="gradient", sample_dim=None)
