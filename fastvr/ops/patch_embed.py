@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.ops.linear import result_dtype, unit_rows
+from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
+from fastvr.ops.linear import input_gradient, result_dtype, unit_rows
+from fastvr.ops.linear_backward import bias_gradient, parameter_gradients
+from fastvr.reference.image import normalize
 from fastvr.reference.patch_embed import patch_embed as reference
 
 
@@ -195,6 +199,51 @@ def cost(a: Arguments) -> Cost:
     return Cost(2 * batch * (tokens - prefix) * a.weight.numel(), nbytes(a) + result)
 
 
+def _saves(a: Arguments, needs: frozenset[str]) -> set[str]:
+    if needs & {"mean", "std"}:
+        return set(Arguments._fields)
+    saves = {"x", "mean", "std"} if "weight" in needs else set()
+    return saves | {"weight"} if "x" in needs else saves
+
+
+def _backward(
+    a: Arguments, results: tuple[None], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    """A convolution whose stride is its kernel is a linear layer of patches, and so are its gradients."""
+    if needs & {"mean", "std"}:
+        names = [name for name in Arguments._fields if name in needs]
+        places = [Arguments._fields.index(name) for name in names]
+        return dict(zip(names, reference_gradients(reference, a, grad, places), strict=True))
+    found = {}
+    d, channels, height, width = a.weight.shape
+    prefix = 0 if a.prefix_tokens is None else a.prefix_tokens.shape[0]
+    if needs & {"pos_embed", "prefix_tokens"}:
+        tokens = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        if a.pos_embed is not None:
+            found["pos_embed"] = tokens.to(a.pos_embed.dtype)
+        if a.prefix_tokens is not None:
+            found["prefix_tokens"] = tokens[:prefix].to(a.prefix_tokens.dtype)
+    if not needs & {"x", "weight", "bias"}:
+        return found
+    rows = grad[:, prefix:].reshape(-1, d).to(a.weight.dtype)
+    down, across = a.x.shape[2] // height, a.x.shape[3] // width
+    sizes = {"b": a.x.shape[0], "h": down, "w": across, "p": height, "q": width, "c": channels}
+    if "weight" in needs:
+        inside = a.x[:, :, : down * height, : across * width]
+        pixels = normalize(inside, a.mean, a.std, a.weight.dtype)
+        patches = rearrange(pixels, "b c (h p) (w q) -> (b h w) (c p q)", **sizes)
+        of_weight = parameter_gradients(rows, patches, a.weight, None, None, "bias" in needs)
+        found |= {"weight": of_weight.weight.view(a.weight.shape), "bias": of_weight.bias}
+    elif "bias" in needs:
+        found["bias"] = bias_gradient(rows, None)
+    if "x" in needs:
+        patches = input_gradient(rows, a.weight.reshape(d, -1), None)
+        image = rearrange(patches, "(b h w) (c p q) -> b c (h p) (w q)", **sizes)
+        # what no patch reaches at the right and at the bottom has no gradient
+        found["x"] = F.pad(image, (0, a.x.shape[3] - image.shape[3], 0, a.x.shape[2] - image.shape[2]))
+    return found
+
+
 PATCH_EMBED = Op(
     "patch_embed",
     SCHEMA,
@@ -205,4 +254,5 @@ PATCH_EMBED = Op(
     unsupported=unsupported,
     measured=_measured,
     cost=cost,
+    gradient=Gradient(saves=_saves, backward=_backward),
 )

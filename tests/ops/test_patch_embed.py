@@ -172,6 +172,28 @@ def test_uint8_images_are_normalised_ones(device):
     torch.testing.assert_close(y, exact.float())
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [("x",), ("weight",), ("bias",), ("pos_embed",), ("prefix_tokens",), ("weight", "bias")],
+    ids=str,
+)
+def test_only_what_is_asked_for_is_computed(wanted, device):
+    # a row and a column of pixels that no patch reaches
+    given = {
+        "x": randn(3, 3, 33, 49, device=device),
+        "weight": randn(40, 3, 16, 16, device=device) * 0.04,
+        "bias": randn(40, device=device),
+        "pos_embed": randn(8, 40, device=device),
+        "prefix_tokens": randn(2, 40, device=device),
+    }
+    for name in wanted:
+        given[name].requires_grad_()
+    with triton_forced(), backend.observe() as ran:
+        check_op(patch_embed, reference, given, name="patch_embed")
+    assert ran["linear_weight_backward", "triton"] == ("weight" in wanted)
+    assert ran["linear", "triton"] == ("x" in wanted)
+
+
 def test_gradients_of_a_uint8_image(device):
     given = uint8_inputs((2, 3, 16, 24), 20, 8, torch.float32, device)
     for name in ("weight", "bias", "pos_embed", "prefix_tokens"):
