@@ -1,4 +1,5 @@
-"""The benchmarks: both models, then their layers, against eager and torch.compile(mode="max-autotune").
+"""The benchmarks: both models, in training too, then their layers, against eager and torch.compile with
+max-autotune.
 
 All columns of a row are taken in turn in one process. Columns that compile come in a second round, since
 compiling may take longer than the machine is there; what was measured without them is kept.
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
+import gpu_train
 import gpu_tune
 import inputs
 import models
@@ -113,31 +115,35 @@ def _row(
     return found
 
 
-def _models(session: Session, content: dict[str, Any], save: Callable[[], None], peaks: record.Peaks) -> bool:
+def _models(
+    session: Session,
+    content: dict[str, Any],
+    save: Callable[[], None],
+    peaks: record.Peaks,
+    *,
+    compiling: bool,
+) -> bool:
     """False where the budget ended it."""
     dtype = torch.bfloat16
     batches = (2,) if session.small else BATCHES
-    for compiling in (False, True):
-        for batch in batches:
-            for name in cases.MODELS:
-                if session.left() <= (_COMPILE_SECONDS if compiling and not session.small else 0):
-                    return False
-                pair = models.build(name, dtype, session.device, small=session.small)
-                x = pair.example(batch, dtype, session.device)
-                expected = models.truth(pair, x)
-                columns = _model_columns(pair, x, session)
-                freezing = frozen() if compiling and name == "resnet50" else contextlib.nullcontext()
-                with torch.no_grad(), freezing:
-                    if compiling:
-                        torch.compiler.reset()
-                        columns["compile"] = _under(
-                            "reference", models.call(compiled(pair.eager, session), x)
-                        )
-                    row = _row(columns, expected, models.cost(pair, x), batch, peaks, session)
-                row["baseline"] = {"eager": pair.baseline}
-                content["models"][f"{name} b{batch}"] = row
-                save()
-                session.say(f"bench {name} b{batch}: " + _speeds(row))
+    for batch in batches:
+        for name in cases.MODELS:
+            if session.left() <= (_COMPILE_SECONDS if compiling and not session.small else 0):
+                return False
+            pair = models.build(name, dtype, session.device, small=session.small)
+            x = pair.example(batch, dtype, session.device)
+            expected = models.truth(pair, x)
+            columns = _model_columns(pair, x, session)
+            freezing = frozen() if compiling and name == "resnet50" else contextlib.nullcontext()
+            with torch.no_grad(), freezing:
+                if compiling:
+                    torch.compiler.reset()
+                    columns["compile"] = _under("reference", models.call(compiled(pair.eager, session), x))
+                row = _row(columns, expected, models.cost(pair, x), batch, peaks, session)
+            row["baseline"] = {"eager": pair.baseline}
+            content["models"][f"{name} b{batch}"] = row
+            save()
+            session.say(f"bench {name} b{batch}: " + _speeds(row))
     return True
 
 
@@ -188,7 +194,7 @@ def _layers(session: Session, content: dict[str, Any], save: Callable[[], None],
 
 def run(session: Session) -> int:
     """Writes bench.json; returns the number of columns that failed."""
-    content: dict[str, Any] = {"complete": False, "peaks": {}, "models": {}, "ops": {}}
+    content: dict[str, Any] = {"complete": False, "peaks": {}, "models": {}, "training": {}, "ops": {}}
 
     def save() -> None:
         session.save("bench.json", content)
@@ -200,13 +206,17 @@ def run(session: Session) -> int:
     peaks = record.measure_peaks(session.device, torch.bfloat16)
     content["peaks"] = {"bfloat16": vars(peaks)}
     with fresh_table(session), torch.no_grad():
-        finished = _models(session, content, save, peaks)
+        finished = all(
+            _models(session, content, save, peaks, compiling=compiling)
+            and gpu_train.bench(session, content, save, compiling=compiling)
+            for compiling in (False, True)
+        )
         # the layers even where the models' compilations did not fit: they are short
         content["complete"] = _layers(session, content, save, peaks) and finished
     save()
     if not content["complete"]:
         session.say("bench: the budget is used up")
-    rows = (*content["models"].values(), *content["ops"].values())
+    rows = (*content["models"].values(), *content["training"].values(), *content["ops"].values())
     columns = [
         column for row in rows for name, column in row.items() if name.startswith(("fastvr", "prepared"))
     ]

@@ -1,12 +1,15 @@
-"""Parity of every op and both models with their Triton kernels forced: first on a GPU, since nothing else
-counts where it fails."""
+"""Parity of every op and both models, in training too, with their Triton kernels forced: first on a GPU,
+since nothing else counts where it fails."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import cases
+import gpu_train
 import inputs
 import launches
 import models
@@ -16,7 +19,7 @@ from session import Session, describe, samples
 from torch.utils._pytree import tree_leaves
 
 from fastvr import backend, prepare
-from fastvr.testing import check_op, guarded, measure_parity
+from fastvr.testing import ParityReport, check_op, guarded, measure_parity
 
 BATCH = 3  # of the layers' shapes: every tile's edge occurs, and float64 stays cheap
 SAMPLES = 24  # random shapes an op and dtype on a GPU
@@ -106,6 +109,19 @@ def _model(name: str, dtype: torch.dtype, session: Session) -> dict[str, Any]:
     return found
 
 
+def _model_checks(session: Session) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is checked of the models, by its name in the file: inference in every dtype, then training."""
+    checks: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name in cases.MODELS:
+        for dtype in session.dtypes[:1] if session.small else session.dtypes:
+            checks[f"{name} {dtype}"] = functools.partial(_model, name, getattr(torch, dtype), session)
+    for name in cases.MODELS:
+        for precision in gpu_train.PRECISIONS:
+            key = f"{name} training {precision}"
+            checks[key] = functools.partial(gpu_train.parity, name, precision, session)
+    return checks
+
+
 def run(session: Session) -> int:
     """Writes parity.json; returns the number of failures."""
     jobs = plan(session.arch, session.dtypes, small=session.small, seed=session.seed, count=session.samples)
@@ -122,26 +138,25 @@ def run(session: Session) -> int:
     def save() -> None:
         session.save("parity.json", content | {"passed_by_op": done})
 
-    for name in cases.MODELS:
-        for dtype in session.dtypes[:1] if session.small else session.dtypes:
-            if session.left() <= 0:
-                save()
-                session.say("parity: the budget is used up")
-                return len(content["failures"])
-            try:
-                found = _model(name, getattr(torch, dtype), session)
-            except Exception as error:
-                content["failures"].append({"job": f"{name} {dtype}", "error": describe(error)})
-                session.say(f"parity FAILED {name} {dtype}: {describe(error)}")
-                continue
-            for column in ("fastvr", "prepared"):
-                report = found[column]
+    for name, check in _model_checks(session).items():
+        if session.left() <= 0:
+            save()
+            session.say("parity: the budget is used up")
+            return len(content["failures"])
+        try:
+            found = check()
+        except Exception as error:
+            content["failures"].append({"job": name, "error": describe(error)})
+            session.say(f"parity FAILED {name}: {describe(error)}")
+            continue
+        for column, report in found.items():
+            if isinstance(report, ParityReport):
                 found[column] = {**dataclasses.asdict(report), "verdict": report.verdict}
                 if report.failure:
-                    content["failures"].append({"job": f"{name} {dtype} {column}", "error": report.failure})
-            content["models"][f"{name} {dtype}"] = found
-            session.say(f"parity {name} {dtype}: {found['fastvr']['verdict']}")
-            save()
+                    content["failures"].append({"job": f"{name} {column}", "error": report.failure})
+        content["models"][name] = found
+        session.say(f"parity {name}: {found['fastvr']['verdict']}")
+        save()
     for job in jobs:
         if job.case.op != current:
             current = job.case.op

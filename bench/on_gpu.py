@@ -3,9 +3,10 @@
     python bench/on_gpu.py --out DIR [--budget SECONDS] [parity|tune|bench|all]
     python bench/on_gpu.py warm --out DIR [--arch sm_90]
 
-parity: every op and both models, Triton forced. tune: every configuration beside the vendor's call; writes
-the table DIR/<GPU>.json. bench: models and layers against eager and torch.compile(mode="max-autotune"). Each
-saves as it goes: what the budget or a crash cuts off loses nothing that was done.
+parity: every op and both models, their gradients too, Triton forced. tune: every configuration beside the
+vendor's call; writes the table DIR/<GPU>.json. bench: models, their training steps and layers against eager
+and torch.compile with max-autotune. Each saves as it goes: what the budget or a crash cuts off loses nothing
+that was done.
 
 warm compiles beforehand, on a machine without a GPU, what the other steps launch; --cache DIR takes it along
 (found by itself in bench/cache). Without a GPU the steps run on small shapes in Triton's interpreter, with a

@@ -67,7 +67,7 @@ def _bench(content: dict[str, Any]) -> list[str]:
         f"bench ({_state(content)})"
         + (f": peaks {peak['tflops']:.0f} TFLOP/s, {peak['gbs']:.0f} GB/s" if peak else "")
     ]
-    for name, row in content["models"].items():
+    for name, row in _model_rows(content).items():
         lines.append(f"  {name}")
         for column in _COLUMNS:
             found = row.get(column)
@@ -76,14 +76,22 @@ def _bench(content: dict[str, Any]) -> list[str]:
             if "ms" not in found:
                 lines.append(f"    {column:26}{found.get('error', found.get('parity', ''))[:80]}")
                 continue
-            roofline = f"{found['roofline']:>8.1%}" if "roofline" in found else ""
+            rest = f"{found['roofline']:>8.1%}" if "roofline" in found else ""
+            rest += f"{found['step_gib']:>8.2f} GiB a step" if "step_gib" in found else ""
             latency = found["latency_ms"]["p50"]
-            lines.append(
-                f"    {column:26}{latency:>10.3f} ms{found['images_per_s']:>12.1f} images/s{roofline}"
-            )
+            lines.append(f"    {column:26}{latency:>10.3f} ms{found['images_per_s']:>12.1f} images/s{rest}")
+        for goal in row.get("goals", ()):
+            word = "holds" if goal["holds"] else "MISSED"
+            against = "images/s" if goal["against"] == "images/s" else f"x {goal['against']}"
+            lines.append(f"    {word}: {goal['value']:.5g} {against}, goal {goal['limit']:g}")
     if content["gpu"] == "cpu":
         return lines
     return lines + _slowest(content["ops"]) + _slower(content)
+
+
+def _model_rows(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Inference and training; files from before the latter was measured have none of it."""
+    return {**content["models"], **content.get("training", {})}
 
 
 def _ours(row: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -112,7 +120,7 @@ def _slower(content: dict[str, Any]) -> list[str]:
     for case, row in content["ops"].items():
         if "p50" in row.get("eager", {}) and "p50" in row.get("fastvr", {}):
             slower.append((row["fastvr"]["p50"] / row["eager"]["p50"], case))
-    for model, row in content["models"].items():
+    for model, row in _model_rows(content).items():
         for column in ("fastvr", "prepared"):
             if "ms" in row.get("eager", {}) and "ms" in row.get(column, {}):
                 slower.append((row[column]["ms"] / row["eager"]["ms"], f"{model} {column}"))

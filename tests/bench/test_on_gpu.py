@@ -11,6 +11,7 @@ from typing import Any
 import cases
 import gpu_bench
 import gpu_parity
+import gpu_train
 import gpu_tune
 import inputs
 import on_gpu
@@ -24,6 +25,7 @@ from session import Session
 
 import fastvr
 from fastvr import tuning
+from fastvr.testing import ParityReport
 from fastvr.tuning import table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the steps would take the GPU's time")
@@ -66,6 +68,74 @@ def test_all_steps_write_their_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out
     assert "no GPU" in table
     assert "parity (complete)" in table
+
+
+def test_a_training_step_of_both_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "OPS", ())
+    monkeypatch.setattr(cases, "MODELS", ("vit_b_16", "resnet50"))
+    monkeypatch.setattr(gpu_parity, "_model", lambda *args: {"fastvr": ParityReport("", 0, 0, 0, 0, 0)})
+    monkeypatch.setattr(gpu_bench, "_models", lambda *args, **kwargs: True)
+    # bfloat16 alone takes the same way; Dynamo takes seconds a model
+    monkeypatch.setattr(gpu_train, "PRECISIONS", {"autocast": gpu_train.PRECISIONS["autocast"]})
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: model)
+    assert gpu_parity.run(_session(tmp_path)) == 0
+    checked = _load(tmp_path / "parity.json")["models"]
+    trained = {name: found for name, found in checked.items() if "training" in name}
+    assert len(trained) == 2
+    for name, found in trained.items():
+        assert 0 < found["fastvr"]["ratio"] <= 1
+        assert found["fastvr"]["tensors"] > 20
+        assert all(op.endswith(": triton") for op in found["ran"])
+        assert ("attention_backward" if "vit" in name else "residual_block_backward") in str(found["ran"])
+    assert gpu_bench.run(_session(tmp_path)) == 0
+    rows = _load(tmp_path / "bench.json")["training"]
+    assert list(rows) == ["vit_b_16 training b2", "resnet50 training b2"]
+    for row in rows.values():
+        assert row["fastvr"]["parity"]
+        assert all(row[column]["images_per_s"] > 0 for column in ("eager", "fastvr", "compile"))
+    text = summary.table(tmp_path, 1.0)
+    assert "resnet50 training b2" in text
+    assert "goal" not in text
+
+
+def test_a_wrong_gradient_fails_and_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = gpu_train.gradients
+
+    def wrong(model: Any, *args: Any, mode: str, **kwargs: Any) -> Any:
+        found = taken(model, *args, mode="reference", **kwargs)
+        return found if mode == "reference" else {**found, "head.bias": found["head.bias"] * 1.1}
+
+    monkeypatch.setattr(gpu_train, "gradients", wrong)
+    monkeypatch.setattr(cases, "MODELS", ("vit_b_16",))
+    content: dict[str, Any] = {"training": {}}
+    assert gpu_train.bench(_session(tmp_path), content, lambda: None, compiling=False)
+    (row,) = content["training"].values()
+    assert row["fastvr"]["parity"].startswith("differs")
+    assert "images_per_s" in row["eager"]
+    assert "images_per_s" not in row["fastvr"]
+
+
+def test_the_goals_of_training(tmp_path: Path) -> None:
+    def column(speed: float) -> dict[str, Any]:
+        return {"ms": 1.0, "latency_ms": {"p50": 1.0}, "images_per_s": speed, "step_gib": 20.0}
+
+    row: dict[str, Any] = {"eager": column(4000), "fastvr": column(6200), "compile": column(5400)}
+    row["goals"] = gpu_train.verdicts("resnet50", row)
+    assert [(goal["against"], goal["holds"]) for goal in row["goals"]] == [
+        ("eager", True),
+        ("compile", False),
+        ("images/s", True),
+    ]
+    assert row["goals"][0]["value"] == pytest.approx(1.55)
+    broken = {"eager": column(4000), "fastvr": {"error": "broken"}}
+    assert gpu_train.verdicts("resnet50", broken) == []
+    header = record.environment(torch.device("cpu")) | {"gpu": "NVIDIA H200"}
+    content = {"complete": True, "peaks": {}, "models": {}, "ops": {}, "training": {"resnet50 b256": row}}
+    record.save_json(tmp_path / "bench.json", header | content)
+    text = summary.table(tmp_path, 1.0)
+    assert "MISSED: 1.1481 x compile, goal 1.2" in text
+    assert "holds: 6200 images/s, goal 5000" in text
+    assert "20.00 GiB a step" in text
 
 
 def test_the_table_is_one_that_tuning_reads(tmp_path: Path) -> None:
