@@ -186,7 +186,7 @@ class FeedForward:
     def __init__(self, fc1: nn.Module, act: Any, drop1: nn.Module, fc2: nn.Module, drop2: nn.Module) -> None:
         self.fc1, self.act, self.drop1, self.fc2, self.drop2 = fc1, act, drop1, fc2, drop2
 
-    branch = Mlp.branch
+    branch, fused = Mlp.branch, Mlp.fused
 
 
 class PackedAttention(Accelerated, Attention):
