@@ -11,6 +11,7 @@ from torch import nn
 from fastvr.models._model import Model, check_image
 from fastvr.models._other_names import RESNET_NAMES
 from fastvr.nn.head import classify_map
+from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
 from fastvr.nn.stem import stem
 
@@ -118,7 +119,11 @@ class ResNet(Model):
         moments = self.image_moments(x, dtype)
         x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = run_stage(stage, x)
+            if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
+                for block in stage:
+                    x = self.run_block(block, x, block)
+            else:
+                x = run_stage(stage, x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

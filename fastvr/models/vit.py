@@ -297,19 +297,25 @@ class ViT(Model):
         return layer_norm(self.norm_pre, self.pos_drop(x))
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.blocks(self._embed(x))
-        return y
+        return self._run(self._embed(x))
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.grad_checkpointing and plain(self.blocks, nn.Sequential)):
+            y: torch.Tensor = self.blocks(x)
+            return y
+        for block in self.blocks:
+            x = self.run_block(block, x, block)
+        return x
 
     def _encode_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """``_encode(x)[:, 0]``."""
         x = self._embed(x)
         blocks = list(self.blocks.children()) if plain(self.blocks, nn.Sequential) else []
         if not blocks or not plain(blocks[-1], Block):
-            y: torch.Tensor = self.blocks(x)
-            return y[:, 0]
+            return self._run(x)[:, 0]
         for block in blocks[:-1]:
-            x = block(x)
-        return blocks[-1].first(x)
+            x = self.run_block(block, x, block)
+        return self.run_block(blocks[-1].first, x, blocks[-1])
 
     def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(layer_norm(self.fc_norm, x))
