@@ -21,12 +21,12 @@ def recomputed(
     """
     norms = [module for module in block.modules() if isinstance(module, _NormBase)]
     if not norms:
-        return checkpoint(function, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(function, x, use_reentrant=False)
 
     def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
         return contextlib.nullcontext(), _statistics_kept(norms)
 
-    return checkpoint(function, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(function, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
