@@ -135,6 +135,7 @@ class Op(Generic[_Result]):
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvr::{name}", spread(fake), lib=_library)
         self.overload = getattr(torch.ops.fastvr, name).default
+        self._names = [argument.name for argument in self.overload._schema.arguments]
         if gradient is not None:
             torch.library.register_autograd(
                 f"fastvr::{name}", self._gradient_backward, setup_context=self._save, lib=_library
@@ -270,7 +271,7 @@ class Op(Generic[_Result]):
         ctx.set_materialize_grads(False)
         results = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*results[1:])
-        names = [argument.name for argument in self.overload._schema.arguments]
+        names = self._names
         saves = set(self._gradient.saves(self._arguments(*inputs), self._needs(ctx)))
         kept: dict[str | int, torch.Tensor] = {}
         ctx.others, ctx.repeated, ctx.cast = {}, {}, {}
@@ -291,15 +292,15 @@ class Op(Generic[_Result]):
 
     def _needs(self, ctx: Any) -> frozenset[str]:
         # torch.library appends an argument of its own
-        pairs = zip(self.overload._schema.arguments, ctx.needs_input_grad, strict=False)
-        return frozenset(argument.name for argument, need in pairs if need)
+        pairs = zip(self._names, ctx.needs_input_grad, strict=False)
+        return frozenset(name for name, need in pairs if need)
 
     def _gradient_backward(
         self, ctx: Any, grad: torch.Tensor | None, *others: object
     ) -> tuple[torch.Tensor | None, ...]:
         assert self._gradient is not None
         self._refuse_double_backward()
-        names = [argument.name for argument in self.overload._schema.arguments]
+        names = self._names
         if grad is None:
             return (None,) * len(names)
         values = ctx.others | dict(zip(ctx.kept, ctx.saved_tensors, strict=True))

@@ -222,7 +222,8 @@ def _backward(
         if a.pos_embed is not None:
             found["pos_embed"] = tokens.to(a.pos_embed.dtype)
         if a.prefix_tokens is not None:
-            found["prefix_tokens"] = tokens[:prefix].to(a.prefix_tokens.dtype)
+            # in memory of its own: whoever scales both in place would scale this twice
+            found["prefix_tokens"] = tokens[:prefix].to(a.prefix_tokens.dtype, copy=True)
     if not needs & {"x", "weight", "bias"}:
         return found
     rows = grad[:, prefix:].reshape(-1, d).to(a.weight.dtype)
