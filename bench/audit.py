@@ -98,9 +98,9 @@ def _own(op: str, dtype: str, arch: str, case: cases.Case) -> list[Job]:
 
 
 def _few(op: str, dtype: str, arch: str) -> list[Job]:
-    """Every configuration in bfloat16 and float32, other kinds of call with one each; float16 on sm_90
-    alone, and less on cards that differ from sm_80 in little but their shared memory, or take long to compile
-    for (sm_100). What is made of other ops' launches shows one of each."""
+    """On sm_80 and sm_90 every configuration in bfloat16 and float32, other kinds of call with one each;
+    float16 on sm_90 alone. Less elsewhere: cards that differ from sm_80 in little but their shared memory, and those
+    that take long to compile for. What is made of other ops' launches shows one of each."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
     # configurations for a small batch only
@@ -112,7 +112,7 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
         return swept[:1] if arch == "sm_90" and op not in _NO_PRODUCTS else []
     if op == "transformer_block_training":
         return swept[:1]
-    if arch in ("sm_86", "sm_89", "sm_100", "sm_120") or op in _NO_PRODUCTS:
+    if arch not in ("sm_80", "sm_90") or op in _NO_PRODUCTS:
         return [swept[0], swept[-1]] if dtype == "bfloat16" else swept[:1]
     if dtype == "float32":
         return swept
