@@ -99,8 +99,8 @@ def _own(op: str, dtype: str, arch: str, case: cases.Case) -> list[Job]:
 
 def _few(op: str, dtype: str, arch: str) -> list[Job]:
     """On sm_80 and sm_90 every configuration in bfloat16 and float32, other kinds of call with one each;
-    float16 on sm_90 alone. Less elsewhere: cards that differ from sm_80 in little but their shared memory, and those
-    that take long to compile for. What is made of other ops' launches shows one of each."""
+    float16 on sm_90 alone. Less elsewhere: cards that differ from sm_80 in little but their shared memory,
+    and those that take long to compile for. What is made of other ops' launches shows one of each."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
     # configurations for a small batch only
