@@ -12,10 +12,11 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
+from fastvr.ops._winograd import Winograd
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
@@ -112,6 +113,8 @@ class Packed:
     ``onto_residual``: whether the result may be written over the residual, since nobody reads that again.
     """
 
+    name: ClassVar[str] = "mkldnn"
+
     layouts: Layouts
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -120,13 +123,16 @@ class Packed:
     onto_residual: bool = False
 
 
-def keep(weight: torch.Tensor, packed: Packed) -> None:
+AnyPacked: TypeAlias = Packed | Winograd
+
+
+def keep(weight: torch.Tensor, packed: AnyPacked) -> None:
     """Let the vendor's call compute with ``packed`` wherever an op meets ``weight``; nobody writes to it."""
     weight.__dict__[_KEPT] = packed
 
 
-def kept(weight: torch.Tensor) -> Packed | None:
-    found: Packed | None = weight.__dict__.get(_KEPT)
+def kept(weight: torch.Tensor) -> AnyPacked | None:
+    found: AnyPacked | None = weight.__dict__.get(_KEPT)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _mkldnn
+from fastvr.ops import _check, _mkldnn, _winograd
 from fastvr.ops._convolution import convolution_gradients
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.linear import result_dtype
@@ -288,8 +288,15 @@ def _vendor(a: Arguments) -> torch.Tensor | None:
         return None
     if a.running_mean is not None:
         return None
-    backend.ran("conv_bn_relu", "mkldnn")
+    backend.ran("conv_bn_relu", packed.name)
+    return run_packed(a, packed)
+
+
+def run_packed(a: Arguments, packed: _mkldnn.AnyPacked) -> torch.Tensor:
+    """What ``packed``, made of ``a.weight``, gives on a CPU."""
     x = normalize(a.x, a.mean, a.std, a.weight.dtype)
+    if isinstance(packed, _winograd.Winograd):
+        return _winograd.conv_bn_relu(x, packed, a.padding, a.act, a.residual)
     return _mkldnn.conv_bn_relu(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
 
 

@@ -167,7 +167,8 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
-    if (packed := _mkldnn.kept(a.weight)) is None:
+    packed = _mkldnn.kept(a.weight)
+    if not isinstance(packed, _mkldnn.Packed):
         return None
     backend.ran("linear", "mkldnn")
     return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)

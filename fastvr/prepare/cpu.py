@@ -3,6 +3,7 @@
 PyTorch's convolution is oneDNN's as well, so the fused one is the same with fewer passes over memory. Its
 matrix product is another library's, and which is faster depends on the CPU more than on anything else: on an
 AMD CPU with AVX-512 oneDNN's was seen to be more than twice as fast, on one with AVX2 alone a sixth slower.
+Whether Winograd's form of a 3x3 convolution wins depends on how its products and its additions compare.
 So each shape of those is measured, once, in a forward pass while the model is prepared.
 """
 
@@ -23,10 +24,9 @@ from fastvr import backend
 from fastvr.nn.conv_bn_relu import plain_conv
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck
-from fastvr.ops import _mkldnn, conv_bn_relu, linear
+from fastvr.ops import _mkldnn, _winograd, conv_bn_relu, linear
 from fastvr.ops._op import Op
 from fastvr.prepare.graphs import layout_of
-from fastvr.reference.image import normalize
 from fastvr.reference.linear import GELU
 from fastvr.testing import GELU_TAIL, measure_parity
 
@@ -74,7 +74,7 @@ def _write_onto_residuals(model: nn.Module) -> None:
         shortcut = block.downsample
         if plain_conv(last) and (shortcut is None or plain(shortcut, nn.Sequential)):
             packed = _mkldnn.kept(last.weight)
-            if packed is not None:
+            if isinstance(packed, _mkldnn.Packed):
                 _mkldnn.keep(last.weight, dataclasses.replace(packed, onto_residual=True))
 
 
@@ -121,32 +121,41 @@ class _Packer:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
             return
         geometry = a.stride, a.padding, a.groups
-        packed = _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        candidates: list[_mkldnn.AnyPacked] = [
+            _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        ]
+        if _winograd.takes(a.weight, a.stride, a.groups):
+            candidates.append(_winograd.pack(a.weight, a.bn_weight, a.bn_bias))
 
         def choose() -> int | None:
-            return 0 if _holds_parity(conv_bn_relu.CONV_BN_RELU, a, _convolve, packed, 0.0) else None
+            right = [
+                i
+                for i, c in enumerate(candidates)
+                if _holds_parity(conv_bn_relu.CONV_BN_RELU, a, conv_bn_relu.run_packed, c, 0.0)
+            ]
+            if len(right) < 2:
+                return right[0] if right else None
+            return right[
+                _fastest([functools.partial(conv_bn_relu.run_packed, a, candidates[i]) for i in right])
+            ]
 
-        self._keep("conv_bn_relu", a, [packed], choose)
+        self._keep("conv_bn_relu", a, candidates, choose)
 
     def _keep(
-        self, op: str, a: Any, candidates: list[_mkldnn.Packed], choose: Callable[[], int | None]
+        self, op: str, a: Any, candidates: Sequence[_mkldnn.AnyPacked], choose: Callable[[], int | None]
     ) -> None:
         key = (op, *(_kind(value) for value in a))
         if key not in self._chosen:
             self._chosen[key] = choose()
         chosen = self._chosen[key]
-        logger.debug("prepare: %s runs in %s", key, "PyTorch" if chosen is None else "oneDNN")
-        if chosen is not None:
-            _mkldnn.keep(a.weight, candidates[chosen])
+        packed = None if chosen is None else candidates[chosen]
+        logger.debug("prepare: %s runs in %s", key, "PyTorch" if packed is None else packed.name)
+        if packed is not None:
+            _mkldnn.keep(a.weight, packed)
 
 
 def _multiply(a: linear.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
     return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
-
-
-def _convolve(a: conv_bn_relu.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
-    x = normalize(a.x, a.mean, a.std, a.weight.dtype)
-    return _mkldnn.conv_bn_relu(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
 
 
 def _kind(value: object) -> Hashable:
@@ -159,8 +168,8 @@ def _kind(value: object) -> Hashable:
 def _holds_parity(
     op: Op[torch.Tensor],
     a: Any,
-    run: Callable[[Any, _mkldnn.Packed], torch.Tensor],
-    packed: _mkldnn.Packed,
+    run: Callable[[Any, Any], torch.Tensor],
+    packed: Any,
     floor: float | torch.Tensor,
 ) -> bool:
     """Whether the first sample comes out within the parity rule; float64 would take long for all of them."""
@@ -170,7 +179,7 @@ def _holds_parity(
         run(first, packed), op.reference(*first), op.reference(*exact), absolute_floor=floor
     )
     if not report.passed:
-        logger.info("prepare: oneDNN's %s is not used: %s", op.name, report.verdict)
+        logger.info("prepare: %s's %s is not used: %s", packed.name, op.name, report.verdict)
     return report.passed
 
 

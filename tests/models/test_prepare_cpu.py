@@ -1,4 +1,4 @@
-"""What ``prepare`` does on a CPU: oneDNN's fused calls where they hold the parity rule and are faster."""
+"""What ``prepare`` does on a CPU: the fused calls that hold the parity rule and are faster there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import fastvr
 from fastvr import backend
-from fastvr.ops import _mkldnn
+from fastvr.ops import _mkldnn, _winograd
 from fastvr.prepare import cpu
 from fastvr.testing import assert_parity, truth_model
 
@@ -39,7 +39,7 @@ def choose(monkeypatch):
     return pick
 
 
-def _packed(prepared) -> list[_mkldnn.Packed]:
+def _packed(prepared) -> list[_mkldnn.AnyPacked]:
     found = (_mkldnn.kept(p) for p in prepared._snapshot.parameters())
     return [packed for packed in found if packed is not None]
 
@@ -59,7 +59,10 @@ def test_forced_everywhere_it_holds_parity_at_any_batch(
     choose(candidate)
     model = tiny(kind)
     prepared = fastvr.prepare(model, images(3).contiguous(memory_format=layout))
-    assert "mkldnn" in _implementations(prepared, images(3))
+    ran = _implementations(prepared, images(3))
+    assert "mkldnn" in ran
+    # a basic block's 3x3 convolutions have two candidates, of which the second is to win
+    assert ("winograd" in ran) == (kind == "basic")
     with torch.no_grad(), fastvr.use_backend("reference"):
         exact = truth_model(model)
         for n in (1, 2, 3, 5):
@@ -80,8 +83,14 @@ def test_where_pytorch_is_faster_nothing_is_kept(choose, tiny_vit, images) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monkeypatch) -> None:
     choose(1)
-    right = _mkldnn.linear if kind == "vit" else _mkldnn.conv_bn_relu
-    monkeypatch.setattr(_mkldnn, right.__name__, lambda *args: right(*args) * 1.001)
+
+    def spoil(module, name: str) -> None:
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: right(*args) * 1.001)
+
+    spoil(_mkldnn, "linear")
+    spoil(_mkldnn, "conv_bn_relu")
+    spoil(_winograd, "conv_bn_relu")
     model = tiny(kind)
     prepared = fastvr.prepare(model, images())
     assert not _packed(prepared)
