@@ -29,6 +29,7 @@ _KINDS: _Kinds = {
         {"act": "gelu", "gamma": True, "residual": True},
         {"act": "relu", "bias": False, "residual": True},
         {"act": "gelu_tanh"},
+        {"act": "quick_gelu"},
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
     "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
@@ -55,7 +56,12 @@ _KINDS: _Kinds = {
     "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
     **dict.fromkeys(BLOCK, _HEADS),
     "linear_weight_backward": [{"norm": True}, {"norm": False}, {"norm": False, "bias": False}],
-    "linear_act_backward": [{"act": "gelu"}, {"act": "gelu_tanh"}, {"act": "relu"}],
+    "linear_act_backward": [
+        {"act": "gelu"},
+        {"act": "gelu_tanh"},
+        {"act": "quick_gelu"},
+        {"act": "relu"},
+    ],
     "conv_bn_relu": [
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastvr.accelerate.swap import Accelerated, ordinary, takes, unobserved
 from fastvr.nn.attention import Attention
-from fastvr.nn.mlp import Mlp
+from fastvr.nn.mlp import Mlp, QuickGELU
 from fastvr.nn.plain import idle, join, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention
 from fastvr.ops.layernorm_attention import layernorm_attention
@@ -19,6 +19,7 @@ from fastvr.ops.linear import linear
 
 IDENTITY = nn.Identity()
 _GELU, _GELU_TANH, _RELU = nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()
+_QUICK_GELU = QuickGELU()
 
 # classes by their path, since nothing here imports a library that the model does not come from
 _REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
@@ -38,8 +39,10 @@ _DROP_PATHS = {
 _ACTIVATIONS = {
     "timm.layers.activations.GELU": _GELU,
     "timm.layers.activations.GELUTanh": _GELU_TANH,
+    "timm.layers.activations.QuickGELU": _QUICK_GELU,
     "transformers.activations.GELUActivation": _GELU,
     "transformers.activations.GELUTanh": _GELU_TANH,
+    "transformers.activations.QuickGELUActivation": _QUICK_GELU,
 }
 
 

@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     model: type[Model]
     arguments: dict[str, Any]
     tag: str | None = None
-    """The weights that timm takes by default: the hub has them as timm/<name>.<tag>."""
+    """The weights that timm takes by default; :func:`repository` says where the hub has them."""
 
 
 _TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
@@ -43,6 +43,7 @@ _SIGLIP_TANH = {**_SIGLIP, "act": "gelu_tanh"}
 _DINOV2: dict[str, Any] = {**_FEATURES, "img_size": 518, "init_values": 1e-5}
 _DINOV2_REG = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
 _CLIP: dict[str, Any] = {"pre_norm": True, "norm_eps": 1e-5}
+_QUICK = {**_CLIP, "act": "quick_gelu"}
 _DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
 # A name says patch and image size; the table what it does not say.
@@ -86,7 +87,7 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_so400m_patch16_siglip_gap_512": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_256": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_384": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
-    # CLIP's with exact GELU; OpenAI's own have another one
+    # CLIP's with exact GELU
     "vit_base_patch32_clip_224": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
     "vit_base_patch32_clip_256": ({**_BASE, **_CLIP, "num_classes": 512}, "datacompxl"),
     "vit_base_patch32_clip_384": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
@@ -101,6 +102,17 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_giant_patch14_clip_224": ({**_GIANT, **_CLIP, "num_classes": 1024}, "laion2b"),
     "vit_gigantic_patch14_clip_224": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "laion2b"),
     "vit_gigantic_patch14_clip_378": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "metaclip2_worldwide"),
+    # and with OpenAI's own
+    "vit_base_patch32_clip_quickgelu_224": ({**_BASE, **_QUICK, "num_classes": 512}, "laion400m_e32"),
+    "vit_base_patch16_clip_quickgelu_224": ({**_BASE, **_QUICK, "num_classes": 512}, "metaclip_2pt5b"),
+    "vit_large_patch14_clip_quickgelu_224": ({**_LARGE, **_QUICK, "num_classes": 768}, "dfn2b"),
+    "vit_large_patch14_clip_quickgelu_336": ({**_LARGE, **_QUICK, "num_classes": 768}, "openai"),
+    "vit_huge_patch14_clip_quickgelu_224": ({**_HUGE, **_QUICK, "num_classes": 1024}, "dfn5b"),
+    "vit_huge_patch14_clip_quickgelu_378": ({**_HUGE, **_QUICK, "num_classes": 1024}, "dfn5b"),
+    "vit_gigantic_patch14_clip_quickgelu_224": (
+        {**_GIGANTIC, **_QUICK, "num_classes": 1280},
+        "metaclip_2pt5b",
+    ),
     "vit_small_patch14_dinov2": ({**_SMALL, **_DINOV2}, "lvd142m"),
     "vit_base_patch14_dinov2": ({**_BASE, **_DINOV2}, "lvd142m"),
     "vit_large_patch14_dinov2": ({**_LARGE, **_DINOV2}, "lvd142m"),
@@ -209,6 +221,12 @@ def find(name: str) -> Entry:
             f"{len(MODELS)}); got {name!r}{hint}"
         )
     return MODELS[name]
+
+
+def repository(name: str, tag: str) -> str:
+    """Where the hub has timm's weights ``tag`` of the model ``name``."""
+    # published under the name without its activation
+    return f"timm/{name.replace('_quickgelu', '')}.{tag}"
 
 
 def build_model(name: str, **overrides: Any) -> Model:

@@ -47,7 +47,7 @@ class ViT(Model):
             tokens, of the blocks' branches, of the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         norm_first: pre-norm or post-norm blocks.
-        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``) or "relu".
         norm_eps: LayerNorm's eps.
         pre_norm: a norm of the embedded tokens, whose convolution then has no bias (CLIP).
         dynamic_img_size: take images of every size that ``patch_size`` divides, with the positions resampled.

@@ -58,7 +58,7 @@ class Block(nn.Module):
         qkv_bias: whether query, key and value have a bias.
         init_values: LayerScale's first value; None for no LayerScale.
         proj_drop, attn_drop, drop_path: dropout of the branches, of the attention weights, of whole branches.
-        act: the MLP's activation, "gelu", "gelu_tanh" or "relu".
+        act: the MLP's activation, "gelu", "gelu_tanh", "quick_gelu" or "relu".
         norm_first: pre-norm or post-norm.
         norm_eps: LayerNorm's eps.
     """

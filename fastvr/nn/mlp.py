@@ -12,9 +12,18 @@ from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear as linear_op
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 * x)``, the activation of OpenAI's CLIP (Hendrycks and Gimpel, 2016)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
 
@@ -25,7 +34,7 @@ class Mlp(nn.Module):
     Args:
         in_features: width of the tokens.
         hidden_features: width between the two layers.
-        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" or "relu".
         drop: dropout after each layer.
     """
 
@@ -33,10 +42,10 @@ class Mlp(nn.Module):
         self, in_features: int, hidden_features: int, *, act: str = "gelu", drop: float = 0.0
     ) -> None:
         super().__init__()
-        if act not in _ACTIVATIONS:
-            raise ValueError(f"Mlp: act must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {act!r}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"Mlp: act must be one of {', '.join(map(repr, ACTIVATIONS))}; got {act!r}")
         self.fc1: nn.Module = nn.Linear(in_features, hidden_features)
-        self.act: nn.Module = _ACTIVATIONS[act]()
+        self.act: nn.Module = ACTIVATIONS[act]()
         self.drop1: nn.Module = nn.Dropout(drop)
         self.fc2: nn.Module = nn.Linear(hidden_features, in_features)
         self.drop2: nn.Module = nn.Dropout(drop)
@@ -106,4 +115,6 @@ def fused_name(act: nn.Module) -> str | None:
     """What ops call this activation, or None where they do not have it."""
     if plain(act, nn.GELU):
         return "gelu" if act.approximate == "none" else "gelu_tanh"
+    if plain(act, QuickGELU):
+        return "quick_gelu"
     return "relu" if plain(act, nn.ReLU) else None

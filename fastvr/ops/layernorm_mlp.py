@@ -44,7 +44,7 @@ def layernorm_mlp(
         fc1_weight, fc1_bias: [hidden, features] and [hidden]; x's dtype.
         fc2_weight, fc2_bias: [out_features, hidden] and [out_features]; fc1_weight's dtype.
         eps: LayerNorm's, added to the variance.
-        act: "gelu" (exact, by erf), "gelu_tanh", "relu" or "none".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``), "relu" or "none".
         gamma: [out_features], any floating dtype: LayerScale.
         residual: [..., out_features], any floating dtype; usually x itself.
 

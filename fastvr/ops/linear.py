@@ -37,7 +37,7 @@ def linear(
         x: [..., in_features], float32, float16 or bfloat16 (float64 runs in PyTorch).
         weight: [out_features, in_features], x's dtype.
         bias: [out_features], x's dtype.
-        act: "none", "relu", "gelu" (exact, by erf) or "gelu_tanh".
+        act: "none", "relu", "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (``x * sigmoid(1.702 * x)``).
         gamma: [out_features], any floating dtype: LayerScale (Touvron et al., 2021).
         residual: [..., out_features], any floating dtype.
 

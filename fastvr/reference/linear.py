@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu")
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
-    """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh".
+    """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh", "quick_gelu".
 
     x is nobody else's, and without gradients the result takes its place: on a CPU fresh memory costs more
     than the activation.
@@ -21,6 +21,9 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     if act in GELU:
         gelu = torch.ops.aten.gelu_ if inplace else F.gelu
         return gelu(x, approximate=GELU[act])
+    if act == "quick_gelu":
+        gate = torch.sigmoid(1.702 * x)
+        return x.mul_(gate) if inplace else x * gate
     return x
 
 

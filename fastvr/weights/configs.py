@@ -10,7 +10,13 @@ from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
 from fastvr.weights.describe import mlp_ratio, resnet_arguments
 
-_HIDDEN_ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+HIDDEN_ACTS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+"""What an activation is called here, and what transformers calls it."""
 
 
 def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": len(list(model.blocks.children())),
         "num_attention_heads": described["num_heads"],
-        "hidden_act": _HIDDEN_ACTS[described["act"]],
+        "hidden_act": HIDDEN_ACTS[described["act"]],
         "layer_norm_eps": described["norm_eps"],
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvr.models._model import Model
-from fastvr.models.registry import build_model, find
+from fastvr.models.registry import build_model, find, repository
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
 
@@ -46,7 +46,9 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model
     tag = tag or find(name).tag or ""
     if not tag:
         raise ValueError(f"create_model: pretrained must be False for {name}: no weights of it are published")
-    return load_model(download(f"timm/{name}.{tag}"), **overrides)
+    # files from before timm had names for activations say another one
+    stated = {key: value for key, value in find(name).arguments.items() if key == "act"}
+    return load_model(download(repository(name, tag)), **{**stated, **overrides})
 
 
 def download(repository: str) -> Path:

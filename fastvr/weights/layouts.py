@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvr.weights import encoder, timm, torchvision, transformers, transformers_resnet
+from fastvr.weights import encoder, timm, torchvision, transformers, transformers_clip, transformers_resnet
 from fastvr.weights.describe import read_description
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
@@ -19,7 +19,7 @@ _LAYOUTS = {
     "timm": (timm,),
     "torchvision": (torchvision,),
     "encoder": (encoder,),
-    "transformers": (transformers_resnet, transformers),
+    "transformers": (transformers_resnet, transformers_clip, transformers),
 }
 _TITLES = {"encoder": "a plain nn.TransformerEncoder's"}
 _PARTS = ("query", "key", "value")

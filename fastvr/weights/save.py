@@ -16,7 +16,14 @@ from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
 from fastvr.tuning.table import replacing
-from fastvr.weights import configs, preprocessing, torchvision, transformers, transformers_resnet
+from fastvr.weights import (
+    configs,
+    preprocessing,
+    torchvision,
+    transformers,
+    transformers_clip,
+    transformers_resnet,
+)
 from fastvr.weights.describe import describe
 from fastvr.weights.read import METADATA_KEY
 
@@ -59,6 +66,12 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
     elif layout == "torchvision":
         configs.check_torchvision(model, described)
         state = _renamed(state, torchvision.export) if isinstance(model, ViT) else state
+    elif isinstance(model, ViT) and transformers_clip.holds(model):
+        config = transformers_clip.config(model, described)
+        projected = bool(model.num_classes)
+        state = _renamed(
+            transformers_clip.written(state), lambda name: transformers_clip.export(name, projected)
+        )
     elif isinstance(model, ViT):
         config = configs.transformers_vit(model, described)
         state = _transformers_state(state, model, config["model_type"])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastvr.models.registry import MODELS
+from fastvr.nn.mlp import ACTIVATIONS
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
 from fastvr.weights.read import METADATA_KEY
@@ -105,8 +106,10 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
     if isinstance(pool := config.get("global_pool"), str):
         found["global_pool"] = pool
     found |= {_ARGUMENTS[name]: value for name, value in written.items() if name in _ARGUMENTS}
-    if found["act"] not in ("gelu", "gelu_tanh", "relu"):
-        raise CheckpointError(f"config.json: act_layer must be gelu, gelu_tanh or relu; got {found['act']!r}")
+    if found["act"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: act_layer must be one of {', '.join(ACTIVATIONS)}; got {found['act']!r}"
+        )
     return found
 
 

@@ -65,7 +65,14 @@ _DINOV2 = Names(
     outside={**_OUTSIDE, "embeddings.register_tokens": "reg_token"},
 )
 _PREFIX = re.compile(r"(vit|deit|dinov2|dinov2_with_registers)\.")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+"""What transformers calls an activation, and what it is called here."""
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
@@ -126,17 +133,21 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
             f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}; got {model_type!r}"
         )
     act = config.get("hidden_act", "gelu")
-    if act not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act must be one of {', '.join(_ACTIVATIONS)}; got {act!r}"
-        )
+    if act not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
     if config.get("use_swiglu_ffn"):
         raise CheckpointError("config.json: use_swiglu_ffn is not supported")
     found: dict[str, Any] = {
-        "act": _ACTIVATIONS[act],
+        "act": ACTIVATIONS[act],
         "norm_eps": float(config.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)),
         "norm_first": True,
     }
+    return found | sizes(config)
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and image size, where the configuration says them."""
+    found: dict[str, Any] = {}
     if "num_attention_heads" in config:
         found["num_heads"] = config["num_attention_heads"]
     if "image_size" in config:

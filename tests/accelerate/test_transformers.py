@@ -55,8 +55,8 @@ TOWERS = [
 def test_towers(name, overrides, hold, images) -> None:
     report, ran = hold(_tower(name, **overrides), images, get=_tokens)
     assert ran["attention", "reference"] == (0 if name == "DINOv3ViT" else 2)
-    # QuickGELU and SwiGLU are no ops
-    fused = name != "CLIPVision" and "use_swiglu_ffn" not in overrides
+    # SwiGLU is no op
+    fused = "use_swiglu_ffn" not in overrides
     assert ran["layernorm_mlp", "reference"] == (2 if fused else 0)
     assert ran["layer_norm", "reference"] >= 3
     reasons = {entry.what for entry in report.left if entry.kind.endswith("Attention")}

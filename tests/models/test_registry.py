@@ -12,11 +12,13 @@ from torch import nn
 
 import fastvr
 from fastvr.models.positions import resample
-from fastvr.models.registry import MODELS
+from fastvr.models.registry import MODELS, repository
 from fastvr.models.vit_distilled import DistilledViT
+from fastvr.nn.mlp import fused_name
 from fastvr.testing import assert_parity, truth_model
 
 SHORT = {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 SMALL_VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
 # of every kind one; "patch14" needs another image size
 KINDS: dict[str, dict[str, Any]] = {
@@ -24,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit_huge_patch16_gap_448": SMALL_VIT,
     "vit_so400m_patch16_siglip_gap_256": SMALL_VIT,
     "vit_base_patch16_clip_224": SMALL_VIT,
+    "vit_base_patch16_clip_quickgelu_224": SMALL_VIT,
     "deit_base_distilled_patch16_224": SMALL_VIT,
     "deit3_base_patch16_224": SMALL_VIT,
     "vit_base_patch14_dinov2": {**SMALL_VIT, "img_size": 42},
@@ -54,14 +57,13 @@ def test_every_name_has_timms_parameters(family) -> None:
         assert ours.num_classes == theirs.num_classes, name
         entry, peer = MODELS[name], timm.get_pretrained_cfg(name)
         # what lies elsewhere than on the hub has none
-        published = None if entry.tag is None else f"timm/{name}.{entry.tag}"
+        published = None if entry.tag is None else repository(name, entry.tag)
         assert published == peer.hf_hub_id, name
         if "res" not in name:
             assert ours.img_size == tuple(peer.input_size[1:]), name
             assert ours.blocks[0].norm1.eps == theirs.blocks[0].norm1.eps, name
-            assert type(ours.blocks[0].mlp.act) is nn.GELU, name
-            tanh = type(theirs.blocks[0].mlp.act) is not nn.GELU
-            assert ours.blocks[0].mlp.act.approximate == ("tanh" if tanh else "none"), name
+            theirs_act = ACTIVATIONS[type(theirs.blocks[0].mlp.act).__name__]
+            assert fused_name(ours.blocks[0].mlp.act) == theirs_act, name
 
 
 def test_depths_are_timms() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -99,9 +100,14 @@ def test_post_norm_is_the_plain_transformer_encoder(tiny_vit, images) -> None:
         assert_parity(ours(x), ours.forward_head(ours.norm(encoder(tokens))), exact(x.double()))
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
 def test_activation(act: str, tiny_vit, tiny_timm, images) -> None:
-    layers = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
+    layers = {
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+        "relu": nn.ReLU,
+        "quick_gelu": QuickGELU,
+    }
     theirs, ours = tiny_timm(act_layer=layers[act]), tiny_vit(act=act)
     ours.load_state_dict(theirs.state_dict())
     x = images()

@@ -61,6 +61,10 @@ def transformers_model(kind: str) -> nn.Module:
     if kind.startswith("dinov2"):
         name = "Dinov2WithRegisters" if kind == "dinov2-registers" else "Dinov2"
         return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**common))
+    if kind in ("clip", "clip-projection"):
+        config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=CLASSES, **common)
+        projected = "WithProjection" if kind == "clip-projection" else ""
+        return getattr(transformers, f"CLIPVisionModel{projected}")(config)
     if kind == "vit-backbone":
         return transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **common))
     name, task = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from outputs import Output
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,21 +33,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "transformers-deit-teacher": {},
     "transformers-dinov2": {},
     "transformers-dinov2-registers": {},
+    "transformers-clip": {},
+    "transformers-clip-projection": {},
     "transformers-resnet": {},
     "transformers-resnet-basic": {},
 }
-
-
-class Output(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.inner(x)
-        if isinstance(made, torch.Tensor):
-            return made
-        return made.logits if "logits" in made else made.last_hidden_state[:, 0]
 
 
 def write(peer: nn.Module, kind: str, folder: Path) -> Path:
@@ -83,6 +74,7 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers-vit": {"norm_eps": 1e-6},
         "transformers-deit-teacher": {"norm_eps": 1e-6},
         "transformers-dinov2-registers": {},
+        "transformers-clip-projection": {},
     },
     "torchvision": {"torchvision-vit": {}, "timm-resnet": {}, "transformers-vit": {"norm_eps": 1e-6}},
     "transformers": {
@@ -94,6 +86,8 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers-deit-teacher": {},
         "transformers-dinov2": {},
         "transformers-dinov2-registers": {},
+        "transformers-clip": {},
+        "transformers-clip-projection": {},
         "transformers-resnet-basic": {},
     },
 }
@@ -199,9 +193,11 @@ def test_clips_weights_alone(tmp_path, caplog) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     assert verify(tmp_path / "clip.safetensors", batch=1).ours.passed
-    for layout in ("torchvision", "transformers"):
-        with pytest.raises(ValueError, match="save_model: "):
-            fastvr.save_model(model, tmp_path / "out", layout)
+    with pytest.raises(ValueError, match="save_model: "):
+        fastvr.save_model(model, tmp_path / "out", "torchvision")
+    nn.init.ones_(model.head.bias)
+    with pytest.raises(ValueError, match="transformers has no CLIP tower with a bias in its head"):
+        fastvr.save_model(model, tmp_path / "out", "transformers")
     assert not (tmp_path / "out").exists()
 
 
@@ -232,7 +228,7 @@ def test_timms_configuration_decides(tmp_path) -> None:
     for change, message in (
         ({"architecture": "eva02_base"}, "architecture 'eva02_base' is none of list_models"),
         ({"model_args": {"qk_norm": True}}, "does not have: qk_norm"),
-        ({"model_args": {"act_layer": "silu"}}, "act_layer must be gelu"),
+        ({"model_args": {"act_layer": "silu"}}, "act_layer must be one of gelu, "),
         ({"pretrained_cfg": {**config["pretrained_cfg"], "std": [0, 1, 1]}}, "std must be positive"),
         ({"fastvr": {"num_heads": "two"}}, "num_heads='two'"),
         ({"fastvr": {"img_size": [32]}}, r"img_size=\[32\]"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import Output
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +27,7 @@ VIT: dict[str, Any] = {
     "num_classes": 5,
 }
 DINOV2 = {**VIT, "mlp_ratio": 4, "num_classes": 0, "init_values": 1.0}
+CLIP = {"pre_norm": True, "norm_eps": 1e-5, "act": "quick_gelu"}
 OURS: dict[str, Any] = {
     "encoder": lambda: fastvr.ViT(**VIT, act="relu", norm_eps=1e-5, norm_first=False),
     "transformers-vit": lambda: fastvr.ViT(**VIT, norm_eps=1e-12),
@@ -34,6 +36,8 @@ OURS: dict[str, Any] = {
     "transformers-deit": lambda: fastvr.ViT(**VIT, norm_eps=1e-12, reg_tokens=1),
     "transformers-dinov2": lambda: fastvr.ViT(**DINOV2),
     "transformers-dinov2-registers": lambda: fastvr.ViT(**DINOV2, reg_tokens=4, no_embed_class=True),
+    "transformers-clip": lambda: fastvr.ViT(**{**VIT, **CLIP, "num_classes": 0}),
+    "transformers-clip-projection": lambda: fastvr.ViT(**VIT, **CLIP),
     "transformers-resnet": lambda: ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, width=8),
     "transformers-resnet-basic": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, width=8),
 }
@@ -42,20 +46,6 @@ UNUSED = {
     "transformers-dinov2": ("embeddings.mask_token",),
     "transformers-dinov2-registers": ("embeddings.mask_token",),
 }
-
-
-class Output(nn.Module):
-    """The tensor that ours gives, of what a model of transformers returns."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.inner(x)
-        if isinstance(made, torch.Tensor):
-            return made
-        return made.logits if "logits" in made else made.last_hidden_state[:, 0]
 
 
 def same_function(model: nn.Module, peer: nn.Module) -> None:
@@ -102,7 +92,7 @@ def test_a_model_of_another_function_is_refused(make_peer, tmp_path) -> None:
     peer.save_pretrained(tmp_path)
     with pytest.raises(fastvr.CheckpointError, match="act: the checkpoint's is 'gelu_tanh'"):
         fastvr.load_checkpoint(OURS["transformers-vit"](), tmp_path)
-    for name, value in (("hidden_act", "quick_gelu"), ("model_type", "vit_mae"), ("use_swiglu_ffn", True)):
+    for name, value in (("hidden_act", "silu"), ("model_type", "vit_mae"), ("use_swiglu_ffn", True)):
         config = {"model_type": "vit", name: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(fastvr.CheckpointError, match=rf"config.json: {name} "):
