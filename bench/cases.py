@@ -46,6 +46,7 @@ class Case:
 
 ATTENTION = ("attention", "attention_training", "attention_backward")
 BLOCK = ("layernorm_attention_training", "transformer_block_training")
+SWIGLU = ("swiglu", "swiglu_backward")
 MLP = ("layernorm_mlp", "layernorm_mlp_training")
 ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
@@ -84,6 +85,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
+        **{op: [Case.of(op, name, **size, dim=8 * dim // 3)] for op in SWIGLU},
         **{op: [Case.of(op, name, **size, dim=dim, hidden=4 * dim)] for op in MLP},
         **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in BLOCK},
         "linear_weight_backward": [
@@ -235,6 +237,7 @@ SMALL: dict[str, list[Case]] = {
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layer_norm_backward": [Case.of("layer_norm_backward", "ViT-Ti", batch=2, tokens=50, dim=192)],
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=512)] for op in SWIGLU},
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)] for op in MLP},
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in BLOCK},
     "linear_weight_backward": [

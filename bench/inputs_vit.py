@@ -122,6 +122,14 @@ def _layer_norm_backward(case: Case, make: Maker) -> dict[str, Any]:
     }
 
 
+def _swiglu(case: Case, make: Maker) -> dict[str, Any]:
+    return {"x": make.normal(*rows(case), 2 * case["dim"])}
+
+
+def _swiglu_backward(case: Case, make: Maker) -> dict[str, Any]:
+    return {"grad": make.normal(*rows(case), case["dim"])} | _swiglu(case, make)
+
+
 def _layernorm_mlp(case: Case, make: Maker) -> dict[str, Any]:
     dim, hidden = case["dim"], case["hidden"]
     return {
@@ -214,6 +222,8 @@ BUILDERS: dict[str, Builder] = {
     "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
     "layernorm_mlp": _layernorm_mlp,
     "layernorm_mlp_training": _layernorm_mlp_training,
     "layernorm_attention_training": _layernorm_attention_training,

@@ -136,6 +136,7 @@ def _peer(checkpoint: Checkpoint, found: Recognised, model: Model) -> tuple[str,
 
 
 def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
+    import timm.layers.mlp
     import timm.models.deit
     import timm.models.resnet
     import timm.models.vision_transformer
@@ -155,6 +156,8 @@ def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
             kind: Any = timm.models.vision_transformer.VisionTransformer
             if "dist_token" in checkpoint.state:
                 kind = timm.models.deit.VisionTransformerDistilled
+            if describe(model)["act"] == "swiglu":
+                arguments |= {"mlp_layer": timm.layers.mlp.SwiGLUPacked, "act_layer": nn.SiLU}
             norm_layer = functools.partial(nn.LayerNorm, eps=describe(model)["norm_eps"])
             peer = kind(norm_layer=norm_layer, **arguments)
     peer.load_state_dict(checkpoint.state)

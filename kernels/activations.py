@@ -105,7 +105,8 @@ def _gelu_and_grad(x, ERF: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid_and_grad(z):
+def sigmoid_and_grad(z):
+    """The sigmoid and its derivative."""
     # of -|z|, so that neither sigmoid nor 1 - sigmoid cancels, and nothing overflows
     e = tl.exp2(-1.4426950408889634 * tl.abs(z))
     larger = 1.0 / (1.0 + e)
@@ -114,14 +115,14 @@ def _sigmoid_and_grad(z):
 
 @triton.jit
 def _gelu_tanh_and_grad(x):
-    s, ds = _sigmoid_and_grad(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    s, ds = sigmoid_and_grad(1.5957691216057308 * (x + 0.044715 * x * x * x))
     slope = 1.5957691216057308 + 0.21406444881780076 * x * x
     return x * s, s + x * ds * slope
 
 
 @triton.jit
 def _quick_gelu_and_grad(x):
-    s, ds = _sigmoid_and_grad(1.702 * x)
+    s, ds = sigmoid_and_grad(1.702 * x)
     return x * s, s + 1.702 * x * ds
 
 

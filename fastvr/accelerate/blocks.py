@@ -19,7 +19,7 @@ from fastvr.ops.linear import linear
 
 IDENTITY = nn.Identity()
 _GELU, _GELU_TANH, _RELU = nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()
-_QUICK_GELU = QuickGELU()
+_QUICK_GELU, _SILU = QuickGELU(), nn.SiLU()
 
 # classes by their path, since nothing here imports a library that the model does not come from
 _REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
@@ -43,6 +43,7 @@ _ACTIVATIONS = {
     "transformers.activations.GELUActivation": _GELU,
     "transformers.activations.GELUTanh": _GELU_TANH,
     "transformers.activations.QuickGELUActivation": _QUICK_GELU,
+    "transformers.activations.SiLUActivation": _SILU,
 }
 
 
@@ -151,6 +152,16 @@ def attend(
         x = layer_norm(norm, x, for_matmul=True)
     y = attention(linear(x, qkv_weight, qkv_bias), num_heads, scale=scale)
     return linear(y, output.weight, output.bias, gamma=gamma, residual=residual)
+
+
+def joined(*layers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one linear layer that gives what ``layers`` give, one behind the other."""
+    # joined anew at each call: a copy that is kept would go stale where somebody writes into .data
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
 
 
 class FastMlp(Accelerated, Mlp):
@@ -274,14 +285,7 @@ class SplitAttention(Accelerated):
         if self.separate():
             normed = x if norm is None else layer_norm(norm, x)
             return join(self.own_forward(normed)[0], gamma, residual)
-        projections: tuple[Any, ...] = (self.q_proj, self.k_proj, self.v_proj)
-        # joined anew at each call: a copy that is kept would go stale where somebody writes into .data
-        weight = torch.cat([projection.weight for projection in projections])
-        biases = [projection.bias for projection in projections]
-        bias = None
-        if any(b is not None for b in biases):
-            width = weight.shape[0] // 3
-            bias = torch.cat([weight.new_zeros(width) if b is None else b for b in biases])
+        weight, bias = joined(self.q_proj, self.k_proj, self.v_proj)
         output: Any = getattr(self, self.output_name)
         num_heads, scale = getattr(self, self.heads_name), getattr(self, self.scale_name)
         return attend(x, norm, weight, bias, output, num_heads, scale, gamma, residual)

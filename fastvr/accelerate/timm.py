@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import FastMlp, PackedAttention, fusable, passes, residual_branch
+from fastvr.accelerate.blocks import (
+    FastMlp,
+    PackedAttention,
+    fusable,
+    passes,
+    residual_branch,
+)
+from fastvr.accelerate.glu import FastGlu, SplitGlu
 from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.conv_bn_relu import conv_bn_relu
@@ -54,6 +61,32 @@ class TimmMlp(FastMlp):
         if _optional(module, "norm"):
             return "it normalises between its layers"
         return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+
+    def separate(self) -> bool:
+        return super().separate() or _optional(self, "norm")
+
+
+class TimmGlu(FastGlu):
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if _optional(module, "norm"):
+            return "it normalises between its layers"
+        if getattr(module, "gate_last", False) or not plain(getattr(module, "act", module), nn.SiLU):
+            return "it is gated otherwise than SwiGLU"
+        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+
+    def separate(self) -> bool:
+        return super().separate() or type(self).refusal(self) is not None
+
+
+class TimmSplitGlu(SplitGlu):
+    names = required = ("fc1_g", "fc1_x", "fc2")
+    act_name = "act"
+    drop_names = ("drop1", "drop2")
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        return "it normalises between its layers" if _optional(module, "norm") else None
 
     def separate(self) -> bool:
         return super().separate() or _optional(self, "norm")

@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import IDENTITY, FastMlp, SplitAttention, fusable, given, residual_branch
+from fastvr.accelerate.blocks import (
+    IDENTITY,
+    FastMlp,
+    SplitAttention,
+    fusable,
+    given,
+    residual_branch,
+)
+from fastvr.accelerate.glu import SplitGlu
 from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes, unobserved
 from fastvr.nn.plain import idle, plain
@@ -86,6 +94,11 @@ class Dinov3Layer(Dinov2Layer):
     """DINOv3's attention has rotary positions, and stays PyTorch's."""
 
     runs = "layer_norm, its attention in PyTorch, layernorm_mlp with LayerScale and the residual"
+
+
+class TransformersGlu(SplitGlu):
+    names = required = ("gate_proj", "up_proj", "down_proj")
+    act_name = "act_fn"
 
 
 class Dinov3Mlp(TransformersMlp):

@@ -33,6 +33,7 @@ _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
 _GIANT: dict[str, Any] = {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11}
 _GIGANTIC: dict[str, Any] = {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13}
+_GIANT2: dict[str, Any] = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "act": "swiglu"}
 _GIANTOPT: dict[str, Any] = {"embed_dim": 1536, "depth": 40, "num_heads": 16}
 _SO400M: dict[str, Any] = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362}
 
@@ -116,9 +117,11 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_small_patch14_dinov2": ({**_SMALL, **_DINOV2}, "lvd142m"),
     "vit_base_patch14_dinov2": ({**_BASE, **_DINOV2}, "lvd142m"),
     "vit_large_patch14_dinov2": ({**_LARGE, **_DINOV2}, "lvd142m"),
+    "vit_giant_patch14_dinov2": ({**_GIANT2, **_DINOV2, "mlp_ratio": 2.66667 * 2}, "lvd142m"),
     "vit_small_patch14_reg4_dinov2": ({**_SMALL, **_DINOV2_REG}, "lvd142m"),
     "vit_base_patch14_reg4_dinov2": ({**_BASE, **_DINOV2_REG}, "lvd142m"),
     "vit_large_patch14_reg4_dinov2": ({**_LARGE, **_DINOV2_REG}, "lvd142m"),
+    "vit_giant_patch14_reg4_dinov2": ({**_GIANT2, **_DINOV2_REG, "mlp_ratio": 2.66667 * 2}, "lvd142m"),
 }
 _DEITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "deit_tiny_patch16_224": (_TINY, "fb_in1k"),

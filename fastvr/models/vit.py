@@ -34,7 +34,7 @@ class ViT(Model):
         embed_dim: width of the tokens, a multiple of ``num_heads``.
         depth: number of blocks.
         num_heads: heads of each attention.
-        mlp_ratio: the MLP's hidden width over ``embed_dim``.
+        mlp_ratio: the MLP's hidden width over ``embed_dim``; with "swiglu" that of both halves together.
         qkv_bias: whether query, key and value have a bias.
         init_values: first value of LayerScale; None for no LayerScale.
         global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), or every
@@ -47,7 +47,8 @@ class ViT(Model):
             tokens, of the blocks' branches, of the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         norm_first: pre-norm or post-norm blocks.
-        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``) or "relu".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``), "relu", or
+            "swiglu" for a gated MLP (DINOv2's giant).
         norm_eps: LayerNorm's eps.
         pre_norm: a norm of the embedded tokens, whose convolution then has no bias (CLIP).
         dynamic_img_size: take images of every size that ``patch_size`` divides, with the positions resampled.

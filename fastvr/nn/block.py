@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastvr.nn.attention import Attention
+from fastvr.nn.glu import GluMlp
 from fastvr.nn.mlp import Mlp
 from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
 from fastvr.ops.transformer_block import transformer_block
@@ -58,7 +59,8 @@ class Block(nn.Module):
         qkv_bias: whether query, key and value have a bias.
         init_values: LayerScale's first value; None for no LayerScale.
         proj_drop, attn_drop, drop_path: dropout of the branches, of the attention weights, of whole branches.
-        act: the MLP's activation, "gelu", "gelu_tanh", "quick_gelu" or "relu".
+        act: the MLP's activation, "gelu", "gelu_tanh", "quick_gelu" or "relu"; "swiglu" for a gated one,
+            whose ``mlp_ratio`` counts both halves.
         norm_first: pre-norm or post-norm.
         norm_eps: LayerNorm's eps.
     """
@@ -87,7 +89,12 @@ class Block(nn.Module):
         self.ls1: nn.Module = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2: nn.Module = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), act=act, drop=proj_drop)
+        hidden = int(dim * mlp_ratio)
+        self.mlp: nn.Module = (
+            GluMlp(dim, hidden, drop=proj_drop)
+            if act == "swiglu"
+            else Mlp(dim, hidden, act=act, drop=proj_drop)
+        )
         self.ls2: nn.Module = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -127,7 +134,7 @@ class Block(nn.Module):
         if not (
             plain(self, Block)
             and isinstance(attn, Attention)
-            and isinstance(mlp, Mlp)
+            and isinstance(mlp, (Mlp, GluMlp))
             and attn.separable()
             and mlp.separable()
             and all(plain_norm(norm) for norm in (self.norm1, self.norm2))
@@ -151,7 +158,7 @@ def _branch(
     """``x + drop_path(scale(module(norm(x))))``."""
     gamma = _gamma(scale)
     scaled = gamma is not None or plain(scale, nn.Identity)
-    if scaled and (plain(module, Attention) or plain(module, Mlp)):
+    if scaled and (plain(module, Attention) or plain(module, Mlp) or plain(module, GluMlp)):
         if _passes(drop_path):
             return module.branch(x, norm, gamma, residual=x)
         y = module.branch(x, norm, gamma)

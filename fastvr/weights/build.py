@@ -162,6 +162,7 @@ def _arguments(
         "depth": depth,
         "mlp_ratio": mlp_ratio(hidden, width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        **({"act": "swiglu"} if state["blocks.0.mlp.fc2.weight"].shape[1] * 2 == hidden else {}),
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),

@@ -52,7 +52,8 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "no_embed_class": model.no_embed_class,
     }
-    if described["act"] != "gelu":
+    # SwiGLU is a class there, which the architecture says
+    if described["act"] not in ("gelu", "swiglu"):
         arguments["act_layer"] = described["act"]
     if isinstance(model, DistilledViT):
         return arguments
@@ -76,7 +77,9 @@ def timm_config(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         distilled = isinstance(model, DistilledViT)
         architecture = "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224"
         eps = 1e-6
-        if arguments.get("pre_norm"):
+        if described["act"] == "swiglu":
+            architecture = "vit_giant_patch14_dinov2"
+        elif arguments.get("pre_norm"):
             architecture, eps = "vit_base_patch16_clip_224", 1e-5
         _check_eps("timm", described, eps)
         classifier, pool = ["head", "head_dist"] if distilled else "head", model.global_pool  # type: ignore[assignment]
@@ -148,9 +151,17 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
             problems.append("no position of the class token")
     if model.img_size[0] != model.img_size[1] or model.patch_size[0] != model.patch_size[1]:
         problems.append("oblong images or patches")
+    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+    gated = described["act"] == "swiglu"
+    # of SwiGLU's hidden width each half has two thirds, as a multiple of 8
+    ratio = round(hidden * (3 / 4 if gated else 1) / width)
+    given = 2 * ((width * ratio * 2 // 3 + 7) // 8 * 8) if gated else width * ratio
+    if scaled and given != hidden:
+        problems.append(f"LayerScale and MLPs {hidden} wide, which no whole mlp_ratio gives")
+    elif gated and not scaled:
+        problems.append("SwiGLU, but no LayerScale")
     if problems:
         raise ValueError(f"save_model: transformers has no model with {'; '.join(problems)}")
-    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
     task = "ForImageClassificationWithTeacher" if distilled else "ForImageClassification"
     config = {
         "architectures": [prefix + (task if model.num_classes else "Model")],
@@ -158,7 +169,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": len(list(model.blocks.children())),
         "num_attention_heads": described["num_heads"],
-        "hidden_act": HIDDEN_ACTS[described["act"]],
+        # SwiGLU has one of its own
+        "hidden_act": "gelu" if gated else HIDDEN_ACTS[described["act"]],
         "layer_norm_eps": described["norm_eps"],
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -171,7 +183,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
     if not scaled:
         return config | {"intermediate_size": hidden}
     return config | {
-        "mlp_ratio": mlp_ratio(hidden, width),
+        "mlp_ratio": ratio,
+        "use_swiglu_ffn": gated,
         "num_register_tokens": registers,
         "use_mask_token": False,
     }

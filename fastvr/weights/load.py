@@ -11,7 +11,9 @@ from torch import nn
 
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block
-from fastvr.nn.mlp import Mlp, fused_name
+from fastvr.nn.glu import GluMlp
+from fastvr.nn.mlp import Mlp
+from fastvr.weights.describe import activation
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.layouts import Recognised, family_of, layout_names, recognise
 from fastvr.weights.read import Checkpoint, read_checkpoint, shorten, unwrap
@@ -142,8 +144,8 @@ def _other_function(model: nn.Module, found: Recognised) -> list[str]:
     ours: dict[str, Any] = {"norm_first": block.norm_first}
     if isinstance(attn, Attention):
         ours["num_heads"] = attn.num_heads
-    if isinstance(mlp, Mlp):
-        ours["act"] = fused_name(mlp.act)
+    if isinstance(mlp, (Mlp, GluMlp)):
+        ours["act"] = activation(mlp)
     if isinstance(norm, nn.LayerNorm):
         ours["norm_eps"] = norm.eps
     return [

@@ -74,7 +74,8 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
         )
     elif isinstance(model, ViT):
         config = configs.transformers_vit(model, described)
-        state = _transformers_state(state, model, config["model_type"])
+        gated = bool(config.get("use_swiglu_ffn"))
+        state = _transformers_state(state, model, config["model_type"], gated)
     else:
         config = configs.transformers_resnet(model)
         with_head = bool(model.num_classes)
@@ -108,7 +109,7 @@ def own_config(model: Model) -> dict[str, Any]:
 
 
 def _transformers_state(
-    state: dict[str, torch.Tensor], model: ViT, model_type: str
+    state: dict[str, torch.Tensor], model: ViT, model_type: str, gated: bool
 ) -> dict[str, torch.Tensor]:
     state = dict(state)
     if model_type == "deit" and "reg_token" in state:
@@ -119,7 +120,7 @@ def _transformers_state(
     with_head = bool(model.num_classes)
 
     def export(name: str) -> tuple[str, ...] | None:
-        keys = transformers.export(name, model_type, with_head)
+        keys = transformers.export(name, model_type, with_head, gated)
         if isinstance(model, DistilledViT) and name.startswith("head."):
             return (name.replace("head", "cls_classifier", 1),)
         return keys

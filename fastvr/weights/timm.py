@@ -1,7 +1,7 @@
 """timm's layout: fastvr's own names, for ViT and for ResNet (torchvision's ResNets have the same).
 
 The files that DINOv2 and DeiT-III themselves publish have these names too, but for register and mask tokens
-and LayerScale.
+and LayerScale, and the two layers of the giant one's MLPs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rename(key: str) -> Slot:
     """fastvr's name for timm's ``key``, or for that in the files that DINOv2 and DeiT-III publish."""
     if key == "register_tokens":
         return "reg_token"
-    return _GAMMA.sub(r"ls\1.gamma", key)
+    return _GAMMA.sub(r"ls\1.gamma", key).replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
 def export(name: str) -> tuple[str, ...] | None:
@@ -106,7 +106,10 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
     if isinstance(pool := config.get("global_pool"), str):
         found["global_pool"] = pool
     found |= {_ARGUMENTS[name]: value for name, value in written.items() if name in _ARGUMENTS}
-    if found["act"] not in ACTIVATIONS:
+    if arguments.get("act") == "swiglu":
+        # of timm's classes, not of its arguments; those have the gate's
+        found["act"] = "swiglu"
+    elif found["act"] not in ACTIVATIONS:
         raise CheckpointError(
             f"config.json: act_layer must be one of {', '.join(ACTIVATIONS)}; got {found['act']!r}"
         )

@@ -44,9 +44,11 @@ TOWERS = [
     ("Dinov2", {"mlp_ratio": 2}),
     ("Dinov2", {"use_swiglu_ffn": True}),
     ("Dinov2WithRegisters", {"mlp_ratio": 2}),
+    ("Dinov2WithRegisters", {"use_swiglu_ffn": True}),
     ("CLIPVision", {}),
     ("SiglipVision", {}),
     ("DINOv3ViT", {}),
+    ("DINOv3ViT", {"use_gated_mlp": True, "hidden_act": "silu", "mlp_bias": False}),
     ("ViTMSN", {}),
 ]
 
@@ -55,8 +57,9 @@ TOWERS = [
 def test_towers(name, overrides, hold, images) -> None:
     report, ran = hold(_tower(name, **overrides), images, get=_tokens)
     assert ran["attention", "reference"] == (0 if name == "DINOv3ViT" else 2)
-    # SwiGLU is no op
-    fused = "use_swiglu_ffn" not in overrides
+    gated = bool({"use_swiglu_ffn", "use_gated_mlp"} & set(overrides))
+    fused = not gated
+    assert ran["swiglu", "reference"] == (2 if gated else 0)
     assert ran["layernorm_mlp", "reference"] == (2 if fused else 0)
     assert ran["layer_norm", "reference"] >= 3
     reasons = {entry.what for entry in report.left if entry.kind.endswith("Attention")}

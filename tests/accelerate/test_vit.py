@@ -91,6 +91,35 @@ def test_timm_configurations(overrides, hold, images) -> None:
     assert ran["attention", "reference"] == 2
 
 
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("layer", ["SwiGLUPacked", "SwiGLU"])
+def test_swiglu(layer, mode, hold, hold_gradients, images) -> None:
+    gated = {"mlp_layer": getattr(timm.layers, layer), "act_layer": nn.SiLU, "depth": 1}
+    report, ran = hold(_timm(**gated), images, mode=mode)
+    assert ran["swiglu", mode] == 1
+    assert ran["linear", mode] == 4
+    assert not {entry.kind for entry in report.left} & {"timm GluMlp", "timm SwiGLU"}
+    ran = hold_gradients(_timm(init_values=0.1, **gated), images, mode=mode)
+    assert ran["swiglu", mode] == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "reason"),
+    [
+        ("GluMlp", {"act_layer": nn.SiLU}, "it is gated otherwise than SwiGLU"),
+        ("GluMlp", {"act_layer": nn.Sigmoid, "gate_last": False}, "it is gated otherwise than SwiGLU"),
+        ("GluMlp", {"act_layer": nn.SiLU, "gate_last": False, "norm_layer": nn.LayerNorm}, "it normalises"),
+        ("SwiGLU", {"norm_layer": nn.LayerNorm}, "it normalises between its layers"),
+    ],
+    ids=str,
+)
+def test_other_gated_mlps_are_left(layer, options, reason, hold, tokens) -> None:
+    mlp = getattr(timm.layers, layer)(64, 96, **options)
+    report, ran = hold(nn.Sequential(mlp), tokens)
+    assert ("swiglu", "reference") not in ran
+    assert [entry.what.startswith(reason) for entry in report.left if layer in entry.kind] == [True]
+
+
 @pytest.mark.parametrize("overrides", [{"qk_norm": True}, {"scale_attn_norm": True}], ids=["qk", "scale"])
 def test_normalised_attention_stays_pytorchs(overrides, hold, images) -> None:
     report, ran = hold(_timm(**overrides), images)

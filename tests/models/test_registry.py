@@ -14,11 +14,11 @@ import fastvr
 from fastvr.models.positions import resample
 from fastvr.models.registry import MODELS, repository
 from fastvr.models.vit_distilled import DistilledViT
-from fastvr.nn.mlp import fused_name
 from fastvr.testing import assert_parity, truth_model
+from fastvr.weights.describe import activation
 
 SHORT = {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
-ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}
 SMALL_VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
 # of every kind one; "patch14" needs another image size
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "deit3_base_patch16_224": SMALL_VIT,
     "vit_base_patch14_dinov2": {**SMALL_VIT, "img_size": 42},
     "vit_base_patch14_reg4_dinov2": {**SMALL_VIT, "img_size": 42},
+    "vit_giant_patch14_dinov2": {**SMALL_VIT, "img_size": 42, "mlp_ratio": 5.5},
     "resnet18d": {"layers": (1, 1, 1, 1)},
     "resnet50": {"layers": (1, 1, 1, 1)},
     "resnet50c": {"layers": (1, 1, 1, 1)},
@@ -63,7 +64,7 @@ def test_every_name_has_timms_parameters(family) -> None:
             assert ours.img_size == tuple(peer.input_size[1:]), name
             assert ours.blocks[0].norm1.eps == theirs.blocks[0].norm1.eps, name
             theirs_act = ACTIVATIONS[type(theirs.blocks[0].mlp.act).__name__]
-            assert fused_name(ours.blocks[0].mlp.act) == theirs_act, name
+            assert activation(ours.blocks[0].mlp) == theirs_act, name
 
 
 def test_depths_are_timms() -> None:

@@ -60,7 +60,10 @@ def transformers_model(kind: str) -> nn.Module:
         return transformers.ResNetForImageClassification(config)
     if kind.startswith("dinov2"):
         name = "Dinov2WithRegisters" if kind == "dinov2-registers" else "Dinov2"
-        return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**common))
+        gated = {"use_swiglu_ffn": kind == "dinov2-giant"}
+        return getattr(transformers, f"{name}Model")(
+            getattr(transformers, f"{name}Config")(**common, **gated)
+        )
     if kind in ("clip", "clip-projection"):
         config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=CLASSES, **common)
         projected = "WithProjection" if kind == "clip-projection" else ""
@@ -87,6 +90,14 @@ def peer(kind: str) -> nn.Module:
         "encoder": EncoderViT,
         "timm-vit": lambda: timm.models.vision_transformer.VisionTransformer(
             **VIT, num_classes=CLASSES, init_values=0.1, reg_tokens=2, mlp_ratio=2
+        ),
+        "timm-giant": lambda: timm.models.vision_transformer.VisionTransformer(
+            **VIT,
+            num_classes=CLASSES,
+            init_values=0.1,
+            mlp_ratio=5.5,
+            mlp_layer=timm.layers.SwiGLUPacked,
+            act_layer=nn.SiLU,
         ),
         "timm-resnet": lambda: timm.models.resnet.ResNet(
             timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=CLASSES

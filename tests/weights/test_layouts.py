@@ -38,6 +38,8 @@ OURS: dict[str, Any] = {
     "transformers-dinov2-registers": lambda: fastvr.ViT(**DINOV2, reg_tokens=4, no_embed_class=True),
     "transformers-clip": lambda: fastvr.ViT(**{**VIT, **CLIP, "num_classes": 0}),
     "transformers-clip-projection": lambda: fastvr.ViT(**VIT, **CLIP),
+    # two thirds of mlp_ratio for each half, as a multiple of 8
+    "transformers-dinov2-giant": lambda: fastvr.ViT(**{**DINOV2, "act": "swiglu", "mlp_ratio": 5.5}),
     "transformers-resnet": lambda: ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, width=8),
     "transformers-resnet-basic": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, width=8),
 }
@@ -45,6 +47,7 @@ UNUSED = {
     "transformers-vit-backbone": ("pooler.dense.weight", "pooler.dense.bias"),
     "transformers-dinov2": ("embeddings.mask_token",),
     "transformers-dinov2-registers": ("embeddings.mask_token",),
+    "transformers-dinov2-giant": ("embeddings.mask_token",),
 }
 
 
@@ -92,7 +95,7 @@ def test_a_model_of_another_function_is_refused(make_peer, tmp_path) -> None:
     peer.save_pretrained(tmp_path)
     with pytest.raises(fastvr.CheckpointError, match="act: the checkpoint's is 'gelu_tanh'"):
         fastvr.load_checkpoint(OURS["transformers-vit"](), tmp_path)
-    for name, value in (("hidden_act", "silu"), ("model_type", "vit_mae"), ("use_swiglu_ffn", True)):
+    for name, value in (("hidden_act", "silu"), ("model_type", "vit_mae")):
         config = {"model_type": "vit", name: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(fastvr.CheckpointError, match=rf"config.json: {name} "):
