@@ -11,12 +11,14 @@ from fastvr.accelerate.blocks import (
     FastMlp,
     PackedAttention,
     fusable,
+    ordinary_linear,
     passes,
     residual_branch,
 )
 from fastvr.accelerate.glu import FastGlu, SplitGlu
 from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
+from fastvr.nn.attention_pool import AttentionPoolLatent
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.plain import idle, plain
 from fastvr.nn.stem import stem
@@ -90,6 +92,43 @@ class TimmSplitGlu(SplitGlu):
 
     def separate(self) -> bool:
         return super().separate() or _optional(self, "norm")
+
+
+class TimmAttentionPool(Accelerated, AttentionPoolLatent):
+    _fastvr_accelerates = AttentionPoolLatent
+    runs = "linear, attention_kv, linear, layernorm_mlp with the residual"
+    part_names = ("q", "kv", "proj", "norm")
+    required = ("latent", "q", "kv", "proj", "proj_drop", "norm", "mlp", "num_heads", "scale", "pool")
+
+    pool: str
+    proj_drop: nn.Module
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if _optional(module, "q_norm", "k_norm"):
+            return "it normalises queries and keys: attention stays PyTorch's"
+        if getattr(module, "pos_embed", None) is not None or getattr(module, "latent_len", 1) != 1:
+            return "it has positions, or several queries"
+        usual = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("q", "kv", "proj"))
+        return (
+            None if usual and getattr(module, "mlp", None) is not None else "it lacks projections or its MLP"
+        )
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if (
+            attn_mask is not None
+            or not takes(x, getattr(self.kv, "weight", None))
+            or x.dim() != 3
+            or self.pool != "token"
+            or not passes(self.proj_drop)
+            or not ordinary_linear(self.q, self.kv, self.proj)
+            or type(self).refusal(self) is not None
+        ):
+            given = {} if attn_mask is None else {"attn_mask": attn_mask}
+            y: torch.Tensor = self.own_forward(x, **given)
+            return y
+        y = self.attended(x)[:, None]
+        return residual_branch(y, self.norm, self.mlp, None, None)[:, 0]
 
 
 class TimmBlock(Accelerated):

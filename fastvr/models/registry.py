@@ -39,6 +39,8 @@ _SO400M: dict[str, Any] = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp
 
 _GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 _FEATURES: dict[str, Any] = {"num_classes": 0}
+_MAP: dict[str, Any] = {"class_token": False, "global_pool": "map", **_FEATURES}
+_MAP_TANH = {**_MAP, "act": "gelu_tanh"}
 _SIGLIP = {**_GAP, **_FEATURES}
 _SIGLIP_TANH = {**_SIGLIP, "act": "gelu_tanh"}
 _DINOV2: dict[str, Any] = {**_FEATURES, "img_size": 518, "init_values": 1e-5}
@@ -81,6 +83,7 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_large_patch16_siglip_gap_512": ({**_LARGE, **_SIGLIP_TANH}, "v2_webli"),
     "vit_so400m_patch14_siglip_gap_224": ({**_SO400M, **_SIGLIP}, "v2_webli"),
     "vit_so400m_patch14_siglip_gap_378": ({**_SO400M, **_SIGLIP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_gap_384": ({**_SO400M, **_SIGLIP}, "webli"),
     "vit_so400m_patch14_siglip_gap_448": ({**_SO400M, **_SIGLIP}, "pali_mix"),
     "vit_so400m_patch14_siglip_gap_896": ({**_SO400M, **_SIGLIP}, "pali_pt"),
     "vit_so400m_patch16_siglip_gap_256": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
@@ -88,6 +91,22 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_so400m_patch16_siglip_gap_512": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_256": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_384": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
+    "vit_base_patch16_siglip_224": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_256": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_384": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_512": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch32_siglip_256": ({**_BASE, **_MAP_TANH}, "v2_webli"),
+    "vit_large_patch16_siglip_256": ({**_LARGE, **_MAP}, "v2_webli"),
+    "vit_large_patch16_siglip_384": ({**_LARGE, **_MAP}, "v2_webli"),
+    "vit_large_patch16_siglip_512": ({**_LARGE, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch14_siglip_224": ({**_SO400M, **_MAP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_378": ({**_SO400M, **_MAP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_384": ({**_SO400M, **_MAP}, "webli"),
+    "vit_so400m_patch16_siglip_256": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch16_siglip_384": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch16_siglip_512": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_giantopt_patch16_siglip_256": ({**_GIANTOPT, **_MAP_TANH}, "v2_webli"),
+    "vit_giantopt_patch16_siglip_384": ({**_GIANTOPT, **_MAP_TANH}, "v2_webli"),
     # CLIP's with exact GELU
     "vit_base_patch32_clip_224": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
     "vit_base_patch32_clip_256": ({**_BASE, **_CLIP, "num_classes": 512}, "datacompxl"),

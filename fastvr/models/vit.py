@@ -12,13 +12,14 @@ from torch import nn
 from fastvr.models._model import Model, check_image
 from fastvr.models._other_names import VIT_NAMES
 from fastvr.models.positions import resample
+from fastvr.nn.attention_pool import AttentionPoolLatent
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
 from fastvr.nn.plain import layer_norm, plain, plain_norm
 from fastvr.reference.image import normalize
 
-_POOLS = ("token", "avg", "")
+_POOLS = ("token", "avg", "map", "")
 
 
 class ViT(Model):
@@ -28,7 +29,8 @@ class ViT(Model):
 
     Args:
         img_size: height and width of the images, one number or a pair.
-        patch_size: height and width of a patch; divides ``img_size``.
+        patch_size: height and width of a patch. What is left of ``img_size`` to the right and below is not
+            read (SigLIP's 384 pixels in patches of 14).
         in_chans: channels of the images.
         num_classes: logits; 0 for none (the head is an identity).
         embed_dim: width of the tokens, a multiple of ``num_heads``.
@@ -37,8 +39,8 @@ class ViT(Model):
         mlp_ratio: the MLP's hidden width over ``embed_dim``; with "swiglu" that of both halves together.
         qkv_bias: whether query, key and value have a bias.
         init_values: first value of LayerScale; None for no LayerScale.
-        global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), or every
-            token ("").
+        global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), what a
+            learnt query reads of the patches ("map", SigLIP), or every token ("").
         class_token: whether there is one.
         reg_tokens: number of register tokens (Darcet et al., 2024).
         no_embed_class: whether positions are for patches only.
@@ -90,8 +92,8 @@ class ViT(Model):
     ) -> None:
         super().__init__()
         image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
-        if image[0] % patch[0] or image[1] % patch[1]:
-            raise ValueError(f"ViT: img_size must be a multiple of patch_size {patch}; got {image}")
+        if image[0] < patch[0] or image[1] < patch[1]:
+            raise ValueError(f"ViT: img_size must be at least patch_size {patch}; got {image}")
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
         least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
@@ -99,6 +101,8 @@ class ViT(Model):
             if value < minimum:
                 raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
         _check_pool(global_pool, class_token)
+        if global_pool == "map" and act == "swiglu":
+            raise ValueError("ViT: act must be that of a plain MLP with global_pool='map'; got 'swiglu'")
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -139,6 +143,9 @@ class ViT(Model):
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm: nn.Module = nn.Identity() if after_pool else nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.attn_pool: nn.Module | None = None
+        if global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, act=act, norm_eps=norm_eps)
         self.fc_norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if after_pool else nn.Identity()
         self.head_drop: nn.Module = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -183,7 +190,7 @@ class ViT(Model):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the features before the head."""
-        return self._classify(pool_tokens(x, self.global_pool, self.num_prefix_tokens), pre_logits)
+        return self._classify(self._pool(x), pre_logits)
 
     def get_intermediate_layers(
         self,
@@ -238,6 +245,12 @@ class ViT(Model):
             raise ValueError(f"ViT: num_classes must be at least 0; got {num_classes}")
         if global_pool is not None:
             _check_pool(global_pool, self.has_class_token)
+            if global_pool == "map" and self.attn_pool is None:
+                raise ValueError(
+                    "ViT: global_pool must be 'map' from the start to have its weights; got 'map'"
+                )
+            if global_pool != "map":
+                self.attn_pool = None
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.pos_embed
@@ -318,6 +331,12 @@ class ViT(Model):
             x = self.run_block(block, x, block)
         return self.run_block(blocks[-1].first, x, blocks[-1])
 
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if self.attn_pool is None:
+            return pool_tokens(x, self.global_pool, self.num_prefix_tokens)
+        pooled: torch.Tensor = self.attn_pool(x[:, self.num_prefix_tokens :])
+        return pooled
+
     def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(layer_norm(self.fc_norm, x))
         return x if pre_logits else classify_tokens(self.head, x)
@@ -332,9 +351,9 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _check_pool(global_pool: str, class_token: bool) -> None:
     if global_pool not in _POOLS:
-        raise ValueError(f"ViT: global_pool must be 'token', 'avg' or ''; got {global_pool!r}")
+        raise ValueError(f"ViT: global_pool must be 'token', 'avg', 'map' or ''; got {global_pool!r}")
     if global_pool == "token" and not class_token:
-        raise ValueError("ViT: global_pool must be 'avg' or '' without a class token; got 'token'")
+        raise ValueError("ViT: global_pool must be 'avg', 'map' or '' without a class token; got 'token'")
 
 
 def init_linear(module: nn.Linear) -> None:

@@ -179,7 +179,8 @@ def _arguments(
     has_class_token = "cls_token" in state
     arguments["class_token"] = has_class_token
     arguments["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
-    arguments.setdefault("global_pool", "token" if has_class_token and not fc_norm else "avg")
+    pool = "map" if "attn_pool.latent" in state else "token" if has_class_token and not fc_norm else "avg"
+    arguments.setdefault("global_pool", pool)
     return ViT, arguments
 
 

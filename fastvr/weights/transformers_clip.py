@@ -145,7 +145,8 @@ def config(model: ViT, described: Mapping[str, Any]) -> dict[str, Any]:
         "norm_first": True,
         "global_pool": "token" if clip else "map",
         "fc_norm": False,
-        "no_embed_class": False,
+        # of no token there is no position either way
+        **({"no_embed_class": False} if clip else {}),
     }
     problems = [f"{name}={described[name]!r}" for name in expected if described[name] != expected[name]]
     if model.has_class_token != clip or model.num_reg_tokens:

@@ -92,6 +92,17 @@ def test_timm_configurations(overrides, hold, images) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_attention_pooling(mode, hold, hold_gradients, images) -> None:
+    pooled = {"class_token": False, "global_pool": "map", "depth": 1}
+    report, ran = hold(_timm(**pooled), images, mode=mode)
+    assert ran["attention_kv", mode] == 1
+    assert ran["layernorm_mlp", mode] == 2
+    assert "timm AttentionPoolLatent" in report.counts
+    ran = hold_gradients(_timm(**pooled), images, mode=mode)
+    assert ran["attention_kv_training" if mode == "triton" else "attention_kv", mode] == 1
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
 @pytest.mark.parametrize("layer", ["SwiGLUPacked", "SwiGLU"])
 def test_swiglu(layer, mode, hold, hold_gradients, images) -> None:
     gated = {"mlp_layer": getattr(timm.layers, layer), "act_layer": nn.SiLU, "depth": 1}

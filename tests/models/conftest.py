@@ -71,7 +71,8 @@ def tiny(tiny_vit: Any, tiny_resnet: Any) -> Callable[[str], Any]:
 
 @pytest.fixture
 def images() -> Callable[..., torch.Tensor]:
-    def make(n: int = 2, size: int = 32, seed: int = 3) -> torch.Tensor:
-        return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    def make(n: int = 2, size: int | tuple[int, int] = 32, seed: int = 3) -> torch.Tensor:
+        sides = (size, size) if isinstance(size, int) else size
+        return torch.randn(n, 3, *sides, generator=torch.Generator().manual_seed(seed))
 
     return make

@@ -16,13 +16,19 @@ from fastvr.testing import assert_parity, truth_model
 # ours, and timm's where its arguments differ
 MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quick_gelu": ({"act": "quick_gelu"}, {"act_layer": "quick_gelu"}),
+    "a margin": ({"img_size": (35, 38)},) * 2,
+    "attention pooling": ({"class_token": False, "global_pool": "map"},) * 2,
+    "attention pooling, registers": (
+        {"reg_tokens": 2, "global_pool": "map", "act": "gelu_tanh"},
+        {"reg_tokens": 2, "global_pool": "map", "act_layer": "gelu_tanh"},
+    ),
     "swiglu": (
         {"act": "swiglu", "mlp_ratio": 5.5},
         {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.5},
     ),
 }
-# the op that only this member calls, and its gradient
-OPS = {"swiglu": ("swiglu", "swiglu_backward")}
+# the gradient that only this member calls
+BACKWARD = {"swiglu": "swiglu_backward", "attention pooling": "attention_kv_backward"}
 
 
 @pytest.fixture(params=MEMBERS)
@@ -50,7 +56,7 @@ def trained(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_values_and_gradients_are_timms(mode, pair, images, device) -> None:
     name, ours, theirs = pair
-    ours, theirs, x = ours.to(device), theirs.to(device), images(3).to(device)
+    ours, theirs, x = ours.to(device), theirs.to(device), images(3, ours.img_size).to(device)
     with fastvr.use_backend("reference"):
         (values, gradients), (exact, truth) = trained(theirs, x), trained(truth_model(theirs), x.double())
     with fastvr.use_backend(mode), backend.observe() as ran:
@@ -58,13 +64,18 @@ def test_values_and_gradients_are_timms(mode, pair, images, device) -> None:
     assert_parity(actual, values, exact, name=name)
     assert_parity(actual_gradients, gradients, truth, kind="gradient", sample_dim=None, name=name)
     assert {implementation for _, implementation in ran} == {mode}
-    assert all(ran[op, mode] == 1 for op in OPS.get(name, ()) if mode == "triton" or "backward" not in op)
+    if name in BACKWARD:
+        assert ran[BACKWARD[name], mode] == (mode == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_kernels_give_timms_logits(dtype, pair, images, device) -> None:
     name, ours, theirs = pair
-    ours, theirs, x = ours.to(device, dtype), theirs.to(device, dtype), images().to(device, dtype)
+    ours, theirs, x = (
+        ours.to(device, dtype),
+        theirs.to(device, dtype),
+        images(2, ours.img_size).to(device, dtype),
+    )
     with torch.no_grad():
         with fastvr.use_backend("triton"):
             actual, prepared = ours(x), fastvr.prepare(ours, x)(x)

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": SMALL_VIT,
     "vit_huge_patch16_gap_448": SMALL_VIT,
     "vit_so400m_patch16_siglip_gap_256": SMALL_VIT,
+    "vit_so400m_patch16_siglip_256": SMALL_VIT,
     "vit_base_patch16_clip_224": SMALL_VIT,
     "vit_base_patch16_clip_quickgelu_224": SMALL_VIT,
     "deit_base_distilled_patch16_224": SMALL_VIT,

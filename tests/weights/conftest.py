@@ -12,6 +12,7 @@ from torch import nn
 # depth, width and sizes of every small ViT here
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CLASSES = 5
+_TEXT = ("hidden_size", "intermediate_size")
 
 
 class EncoderViT(nn.Module):
@@ -68,6 +69,15 @@ def transformers_model(kind: str) -> nn.Module:
         config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=CLASSES, **common)
         projected = "WithProjection" if kind == "clip-projection" else ""
         return getattr(transformers, f"CLIPVisionModel{projected}")(config)
+    if kind == "siglip":
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(intermediate_size=64, **common))
+    if kind == "siglip-classifier":
+        towers = transformers.SiglipConfig(
+            vision_config={"intermediate_size": 64, **common},
+            text_config={"vocab_size": 9, "num_hidden_layers": 1, **dict.fromkeys(_TEXT, 32)},
+            num_labels=CLASSES,
+        )
+        return transformers.SiglipForImageClassification(towers)
     if kind == "vit-backbone":
         return transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **common))
     name, task = {

@@ -28,6 +28,7 @@ VIT: dict[str, Any] = {
 }
 DINOV2 = {**VIT, "mlp_ratio": 4, "num_classes": 0, "init_values": 1.0}
 CLIP = {"pre_norm": True, "norm_eps": 1e-5, "act": "quick_gelu"}
+SIGLIP = {"class_token": False, "act": "gelu_tanh"}
 OURS: dict[str, Any] = {
     "encoder": lambda: fastvr.ViT(**VIT, act="relu", norm_eps=1e-5, norm_first=False),
     "transformers-vit": lambda: fastvr.ViT(**VIT, norm_eps=1e-12),
@@ -40,6 +41,8 @@ OURS: dict[str, Any] = {
     "transformers-clip-projection": lambda: fastvr.ViT(**VIT, **CLIP),
     # two thirds of mlp_ratio for each half, as a multiple of 8
     "transformers-dinov2-giant": lambda: fastvr.ViT(**{**DINOV2, "act": "swiglu", "mlp_ratio": 5.5}),
+    "transformers-siglip": lambda: fastvr.ViT(**{**VIT, **SIGLIP, "num_classes": 0, "global_pool": "map"}),
+    "transformers-siglip-classifier": lambda: fastvr.ViT(**VIT, **SIGLIP, global_pool="avg", fc_norm=False),
     "transformers-resnet": lambda: ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, width=8),
     "transformers-resnet-basic": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, width=8),
 }
