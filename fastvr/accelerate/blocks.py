@@ -209,7 +209,10 @@ class PackedAttention(Accelerated, Attention):
     _fastvr_accelerates = Attention
     runs = "linear, attention, linear (in a block: with LayerScale and residual)"
     part_names = ("qkv", "proj")
-    required = ("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale")
+    required = (
+        *("qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop"),
+        *("num_heads", "head_dim", "scale"),
+    )
 
     def separate(self) -> bool:
         """Whether only the library's own forward, or a call of what was put in place, computes what it is."""

@@ -27,8 +27,11 @@ from fastvr.nn.stem import stem
 class TimmAttention(PackedAttention):
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        if _optional(module, "q_norm", "k_norm", "norm"):
-            return "it normalises queries and keys, or its result: attention stays PyTorch's"
+        if _optional(module, "norm"):
+            return "it normalises its result: attention stays PyTorch's"
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        if not all(idle(norm) or isinstance(norm, nn.LayerNorm) for norm in norms if norm is not None):
+            return "it normalises queries and keys otherwise than LayerNorm: attention stays PyTorch's"
         return (
             "it has a gate: attention stays PyTorch's" if getattr(module, "gate", None) is not None else None
         )

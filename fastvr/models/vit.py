@@ -38,6 +38,7 @@ class ViT(Model):
         num_heads: heads of each attention.
         mlp_ratio: the MLP's hidden width over ``embed_dim``; with "swiglu" that of both halves together.
         qkv_bias: whether query, key and value have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself.
         init_values: first value of LayerScale; None for no LayerScale.
         global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), what a
             learnt query reads of the patches ("map", SigLIP), or every token ("").
@@ -73,6 +74,7 @@ class ViT(Model):
         mlp_ratio: float = 4.0,
         *,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         init_values: float | None = None,
         global_pool: str = "token",
         class_token: bool = True,
@@ -130,6 +132,7 @@ class ViT(Model):
                     num_heads,
                     mlp_ratio,
                     qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
                     init_values=init_values,
                     proj_drop=proj_drop_rate,
                     attn_drop=attn_drop_rate,

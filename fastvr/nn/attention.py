@@ -21,8 +21,10 @@ class Attention(nn.Module):
         dim: width of the tokens, a multiple of ``num_heads``.
         num_heads: number of heads.
         qkv_bias: whether query, key and value have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself (Dehghani et al., 2023).
         attn_drop: dropout of the attention weights. A hook on this module sees them, [B, heads, N, N].
         proj_drop: dropout of the result.
+        norm_eps: eps of the norms of queries and keys.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Attention(nn.Module):
         num_heads: int = 8,
         *,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -41,6 +45,8 @@ class Attention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(self.head_dim, eps=norm_eps) if qk_norm else nn.Identity()
         self.attn_drop: nn.Module = nn.Dropout(attn_drop)
         self.proj: nn.Module = nn.Linear(dim, dim)
         self.proj_drop: nn.Module = nn.Dropout(proj_drop)
@@ -61,9 +67,7 @@ class Attention(nn.Module):
             return layernorm_attention(x, **fused, residual=residual)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
-        qkv = linear(self.qkv, x)
-        y = attention(qkv, self.num_heads, scale=self.scale) if idle(self.attn_drop) else self._observed(qkv)
-        proj = self.proj
+        y, proj = self._attend(linear(self.qkv, x)), self.proj
         if plain(proj, nn.Linear) and idle(self.proj_drop):
             return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual)
         return join(self.proj_drop(linear(proj, y)), gamma, residual)
@@ -95,9 +99,14 @@ class Attention(nn.Module):
             plain(self, Attention)
             and plain(self.qkv, nn.Linear)
             and plain(self.proj, nn.Linear)
+            and self.plain_heads()
             and idle(self.attn_drop)
             and idle(self.proj_drop)
         )
+
+    def plain_heads(self) -> bool:
+        """Whether nothing normalises, nor observes, queries and keys."""
+        return plain(self.q_norm, nn.Identity) and plain(self.k_norm, nn.Identity)
 
     def first(
         self, x: torch.Tensor, gamma: torch.Tensor | None = None, residual: torch.Tensor | None = None
@@ -115,9 +124,20 @@ class Attention(nn.Module):
         y = attention_kv(q, linear_op(x, kv_weight, kv_bias), self.num_heads, scale=self.scale)
         return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual)
 
-    def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[B, N, 3 * D] to [B, N, D]."""
+        if self.plain_heads() and idle(self.attn_drop):
+            return attention(qkv, self.num_heads, scale=self.scale)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = (layer_norm(norm, x, for_matmul=True) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        if idle(self.attn_drop):
+            kv = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
+            return attention_kv(q.flatten(2), kv, self.num_heads, scale=self.scale)
+        return self._observed(*(x.transpose(1, 2) for x in (q, k, v)))
+
+    def _observed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place; of
+        [B, heads, N, head_dim] each."""
         if plain(self.attn_drop, nn.Dropout):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, scale=self.scale)
         else:

@@ -57,6 +57,7 @@ class Block(nn.Module):
         num_heads: number of heads.
         mlp_ratio: the MLP's hidden width over ``dim``.
         qkv_bias: whether query, key and value have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself.
         init_values: LayerScale's first value; None for no LayerScale.
         proj_drop, attn_drop, drop_path: dropout of the branches, of the attention weights, of whole branches.
         act: the MLP's activation, "gelu", "gelu_tanh", "quick_gelu" or "relu"; "swiglu" for a gated one,
@@ -72,6 +73,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         init_values: float | None = None,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
@@ -84,7 +86,13 @@ class Block(nn.Module):
         self.norm_first = norm_first
         self.norm1: nn.Module = nn.LayerNorm(dim, eps=norm_eps)
         self.attn: nn.Module = Attention(
-            dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            norm_eps=norm_eps,
         )
         self.ls1: nn.Module = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -161,6 +161,7 @@ def _arguments(
         "embed_dim": width,
         "depth": depth,
         "mlp_ratio": mlp_ratio(hidden, width),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         **({"act": "swiglu"} if state["blocks.0.mlp.fc2.weight"].shape[1] * 2 == hidden else {}),
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,

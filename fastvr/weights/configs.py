@@ -53,6 +53,8 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "no_embed_class": model.no_embed_class,
     }
     # SwiGLU is a class there, which the architecture says
+    if "blocks.0.attn.q_norm.weight" in state:
+        arguments["qk_norm"] = True
     if described["act"] not in ("gelu", "swiglu"):
         arguments["act_layer"] = described["act"]
     if isinstance(model, DistilledViT):
@@ -105,6 +107,8 @@ def check_torchvision(model: Model, described: dict[str, Any]) -> None:
             problems.append("other tokens than the class token")
         if "blocks.0.ls1.gamma" in model.state_dict():
             problems.append("LayerScale")
+        if "blocks.0.attn.q_norm.weight" in model.state_dict():
+            problems.append("norms of queries and keys")
         expected = {"act": "gelu", "norm_first": True, "global_pool": "token", "fc_norm": False}
         different = [name for name, value in expected.items() if described[name] != value]
         problems += [f"{name}={described[name]!r}" for name in different]
@@ -135,6 +139,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
     ]
     if not model.has_class_token:
         problems.append("no class token")
+    if "blocks.0.attn.q_norm.weight" in state:
+        problems.append("norms of queries and keys")
     if scaled:
         kind, prefix = ("dinov2_with_registers", "Dinov2WithRegisters") if registers else ("dinov2", "Dinov2")
         if model.num_classes or distilled:

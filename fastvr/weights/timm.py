@@ -37,6 +37,7 @@ _SHAPES = {
     "embed_dim",
     "depth",
     "mlp_ratio",
+    "qk_norm",
     "qkv_bias",
     "init_values",
     "class_token",

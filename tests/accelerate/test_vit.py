@@ -131,11 +131,24 @@ def test_other_gated_mlps_are_left(layer, options, reason, hold, tokens) -> None
     assert [entry.what.startswith(reason) for entry in report.left if layer in entry.kind] == [True]
 
 
-@pytest.mark.parametrize("overrides", [{"qk_norm": True}, {"scale_attn_norm": True}], ids=["qk", "scale"])
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_normalised_queries_and_keys(mode, hold, hold_gradients, images) -> None:
+    normed = {"qk_norm": True, "depth": 1}
+    report, ran = hold(_timm(**normed), images, mode=mode)
+    assert ran["attention_kv", mode] == 1
+    assert not [entry for entry in report.left if entry.kind == "timm Attention"]
+    hold_gradients(_timm(**normed), images, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"qk_norm": True, "norm_layer": timm.layers.RmsNorm}, {"scale_attn_norm": True}],
+    ids=["qk", "scale"],
+)
 def test_normalised_attention_stays_pytorchs(overrides, hold, images) -> None:
     report, ran = hold(_timm(**overrides), images)
-    assert ("attention", "reference") not in ran
-    assert ran["layernorm_mlp", "reference"] == 2
+    assert not {("attention", "reference"), ("attention_kv", "reference")} & ran.keys()
+    assert ran["layernorm_mlp", "reference"] == (0 if "norm_layer" in overrides else 2)
     (reason,) = {entry.what for entry in report.left if entry.kind == "timm Attention"}
     assert "normalises" in reason
 

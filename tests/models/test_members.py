@@ -17,6 +17,7 @@ from fastvr.testing import assert_parity, truth_model
 MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quick_gelu": ({"act": "quick_gelu"}, {"act_layer": "quick_gelu"}),
     "a margin": ({"img_size": (35, 38)},) * 2,
+    "qk_norm": ({"qk_norm": True},) * 2,
     "attention pooling": ({"class_token": False, "global_pool": "map"},) * 2,
     "attention pooling, registers": (
         {"reg_tokens": 2, "global_pool": "map", "act": "gelu_tanh"},
@@ -28,7 +29,11 @@ MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 # the gradient that only this member calls
-BACKWARD = {"swiglu": "swiglu_backward", "attention pooling": "attention_kv_backward"}
+BACKWARD = {
+    "swiglu": "swiglu_backward",
+    "qk_norm": "attention_kv_backward",
+    "attention pooling": "attention_kv_backward",
+}
 
 
 @pytest.fixture(params=MEMBERS)

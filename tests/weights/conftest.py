@@ -101,6 +101,9 @@ def peer(kind: str) -> nn.Module:
         "timm-vit": lambda: timm.models.vision_transformer.VisionTransformer(
             **VIT, num_classes=CLASSES, init_values=0.1, reg_tokens=2, mlp_ratio=2
         ),
+        "timm-qk-norm": lambda: timm.models.vision_transformer.VisionTransformer(
+            **VIT, num_classes=CLASSES, qk_norm=True
+        ),
         "timm-giant": lambda: timm.models.vision_transformer.VisionTransformer(
             **VIT,
             num_classes=CLASSES,

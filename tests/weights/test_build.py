@@ -33,6 +33,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "transformers-deit-teacher": {},
     "transformers-dinov2": {},
     "transformers-dinov2-registers": {},
+    "timm-qk-norm": {"num_heads": 2, "no_embed_class": False},
     "timm-giant": {"num_heads": 2, "no_embed_class": False},
     "transformers-dinov2-giant": {},
     "transformers-siglip": {},
@@ -73,6 +74,7 @@ def test_a_checkpoint_says_what_it_is_of(kind, make_peer, tmp_path) -> None:
 EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
     "timm": {
         "timm-vit": {},
+        "timm-qk-norm": {},
         "timm-resnet": {},
         "transformers-dinov2-giant": {},
         "torchvision-vit": {},
@@ -127,6 +129,7 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
     out = tmp_path / "out"
     encoder = fastvr.load_model(write(make_peer("encoder"), "encoder", tmp_path), num_heads=2)
     registers = fastvr.ViT(**TIMM, reg_tokens=2, init_values=0.1)
+    normed = fastvr.ViT(**TIMM, qk_norm=True)
     narrow = fastvr.create_model("resnet18", width=16)
     deep = fastvr.create_model("resnet18d")
     scaled_eps = fastvr.ViT(**TIMM, norm_eps=1e-12)
@@ -136,6 +139,8 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
         (encoder, "transformers", "norm_first=False"),
         (registers, "torchvision", "other tokens than the class token, LayerScale"),
         (registers, "transformers", "LayerScale and a head"),
+        (normed, "torchvision", "norms of queries and keys"),
+        (normed, "transformers", "norms of queries and keys"),
         (narrow, "timm", "width=64; got 16"),
         (deep, "torchvision", "stem_width=32"),
         (deep, "transformers", "stem_width=32, avg_down=True"),
@@ -235,7 +240,7 @@ def test_timms_configuration_decides(tmp_path) -> None:
     assert again.preprocessing == Preprocessing(32, 35, (0.5,) * 3, (0.5,) * 3, "bicubic")
     for change, message in (
         ({"architecture": "eva02_base"}, "architecture 'eva02_base' is none of list_models"),
-        ({"model_args": {"qk_norm": True}}, "does not have: qk_norm"),
+        ({"model_args": {"scale_attn_norm": True}}, "does not have: scale_attn_norm"),
         ({"model_args": {"act_layer": "silu"}}, "act_layer must be one of gelu, "),
         ({"pretrained_cfg": {**config["pretrained_cfg"], "std": [0, 1, 1]}}, "std must be positive"),
         ({"fastvr": {"num_heads": "two"}}, "num_heads='two'"),
