@@ -174,7 +174,8 @@ def _arguments(
         arguments = {"norm_eps": 1e-5, **arguments}
         logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
-        arguments["num_heads"] = _heads(width, source, guessed=found.layout == "encoder")
+        gated = arguments.get("act") == "swiglu"
+        arguments["num_heads"] = _heads(width, gated, source, guessed=found.layout == "encoder")
     if distilled:
         return DistilledViT, arguments
     has_class_token = "cls_token" in state
@@ -185,11 +186,12 @@ def _arguments(
     return ViT, arguments
 
 
-def _heads(width: int, source: str, *, guessed: bool) -> int:
+def _heads(width: int, gated: bool, source: str, *, guessed: bool) -> int:
     known = {
         entry.arguments["embed_dim"]: entry.arguments["num_heads"]
         for entry in MODELS.values()
-        if "embed_dim" in entry.arguments
+        # of one width SigLIP's giant has others than DINOv2's
+        if "embed_dim" in entry.arguments and (entry.arguments.get("act") == "swiglu") == gated
     }
     heads: int = known.get(width, 0 if width % 64 else width // 64)
     if not heads:

@@ -46,10 +46,10 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["vit_*", "deit*", "*resne[tx]*"])
+@pytest.mark.parametrize("family", ["vit_*", "[ef]*", "deit*", "*resne[tx]*"])
 def test_every_name_has_timms_parameters(family) -> None:
     names = [name for name in fastvr.list_models(family) if name not in SHORT]
-    assert len(names) > 15
+    assert len(names) > 4
     for name in names:
         # what repeats is left out, so that this stays quick
         few = {"layers": (1, 2, 1, 1)} if "res" in name else {"depth": 2}
@@ -62,6 +62,14 @@ def test_every_name_has_timms_parameters(family) -> None:
         published = None if entry.tag is None else repository(name, entry.tag)
         assert published == peer.hf_hub_id, name
         if "res" not in name:
+            # of the whole depth blocks that cost nothing
+            with torch.device("meta"):
+                whole = timm.create_model(name, block_fn=lambda **_: nn.Identity())
+            assert entry.arguments["depth"] == len(whole.blocks), name
+            assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads, name
+            assert (ours.global_pool, ours.no_embed_class) == (theirs.global_pool, theirs.no_embed_class), (
+                name
+            )
             assert ours.img_size == tuple(peer.input_size[1:]), name
             assert ours.blocks[0].norm1.eps == theirs.blocks[0].norm1.eps, name
             theirs_act = ACTIVATIONS[type(theirs.blocks[0].mlp.act).__name__]
