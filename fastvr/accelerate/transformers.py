@@ -123,7 +123,7 @@ class SiglipPool(Accelerated):
         ):
             y: torch.Tensor = self.own_forward(hidden_state, *args, **kwargs)
             return y
-        y = attention.across(self.probe.expand(len(x), -1, -1), x)
+        y = attention.across(self.probe.expand(x.shape[0], -1, -1), x)
         return residual_branch(y, self.layernorm, self.mlp, None, None)[:, 0]
 
 

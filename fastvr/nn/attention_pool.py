@@ -54,5 +54,5 @@ class AttentionPoolLatent(nn.Module):
         # the query is the same for every sample
         q = linear(self.q, self.latent[0])
         kv = linear(self.kv, x)
-        y = attention_kv(q.expand(len(x), 1, -1), kv, self.num_heads, scale=self.scale)
+        y = attention_kv(q.expand(x.shape[0], 1, -1), kv, self.num_heads, scale=self.scale)
         return linear(self.proj, y[:, 0])

@@ -19,10 +19,6 @@ MEMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a margin": ({"img_size": (35, 38)},) * 2,
     "qk_norm": ({"qk_norm": True},) * 2,
     "attention pooling": ({"class_token": False, "global_pool": "map"},) * 2,
-    "attention pooling, registers": (
-        {"reg_tokens": 2, "global_pool": "map", "act": "gelu_tanh"},
-        {"reg_tokens": 2, "global_pool": "map", "act_layer": "gelu_tanh"},
-    ),
     "swiglu": (
         {"act": "swiglu", "mlp_ratio": 5.5},
         {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.5},
@@ -73,14 +69,10 @@ def test_values_and_gradients_are_timms(mode, pair, images, device) -> None:
         assert ran[BACKWARD[name], mode] == (mode == "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_kernels_give_timms_logits(dtype, pair, images, device) -> None:
+def test_kernels_give_timms_logits_in_16_bits(pair, images, device) -> None:
     name, ours, theirs = pair
-    ours, theirs, x = (
-        ours.to(device, dtype),
-        theirs.to(device, dtype),
-        images(2, ours.img_size).to(device, dtype),
-    )
+    ours, theirs = ours.to(device, torch.bfloat16), theirs.to(device, torch.bfloat16)
+    x = images(2, ours.img_size).to(device, torch.bfloat16)
     with torch.no_grad():
         with fastvr.use_backend("triton"):
             actual, prepared = ours(x), fastvr.prepare(ours, x)(x)

@@ -24,6 +24,7 @@ VARIANTS = {
     "all-tokens": {"global_pool": ""},
     "no-qkv-bias": {"qkv_bias": False},
     "no-head": {"num_classes": 0},
+    "attention-pooling-registers": {"reg_tokens": 2, "global_pool": "map"},
     "a margin": {"img_size": (30, 39)},
     "oblong": {"img_size": (16, 40), "patch_size": (8, 4)},
 }
