@@ -199,17 +199,21 @@ def _transformers(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]
         raise CheckpointError(
             f"{checkpoint.source}: config.json: architectures must name a known model; got {name!r}"
         )
+    state, kind = checkpoint.state, _ARCHITECTURES[name]
+    if kind != name:
+        # the tower alone, with what its configuration has one level higher
+        projected = {key: config[key] for key in ("projection_dim",) if key in config}
+        config = {**config["vision_config"], **projected}
+        state = {key: tensor for key, tensor in state.items() if not transformers_clip.unused(key)}
     # from a folder, since its names in memory and on disk differ
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         save_file(
-            {key: tensor.contiguous() for key, tensor in checkpoint.state.items()},
+            {key: tensor.contiguous() for key, tensor in state.items()},
             Path(folder) / "model.safetensors",
             metadata={"format": "pt"},
         )
-        peer: nn.Module = getattr(transformers, _ARCHITECTURES[name]).from_pretrained(
-            folder, local_files_only=True
-        )
+        peer: nn.Module = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     return "transformers", peer
 
 

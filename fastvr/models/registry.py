@@ -51,6 +51,8 @@ _SIGLIP_TANH = {**_SIGLIP, "act": "gelu_tanh"}
 _DINOV2: dict[str, Any] = {**_FEATURES, "img_size": 518, "init_values": 1e-5}
 _DINOV2_REG = {**_DINOV2, "no_embed_class": True}
 _TIPS: dict[str, Any] = {**_FEATURES, "img_size": 448, "init_values": 1.0, "no_embed_class": True}
+_NO_NORM: dict[str, Any] = {**_FEATURES, "final_norm": False}
+_RADIO = {**_NO_NORM, "img_size": 512, "no_embed_class": True}
 # timm's own small ones: average pooling, with registers or without
 _REG = {"class_token": False, "global_pool": "avg", "init_values": 1e-5, "no_embed_class": True}
 _SO150M_REG = {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -173,6 +175,19 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_base_patch14_reg4_dinov2": ({**_BASE, **_DINOV2_REG}, "lvd142m"),
     "vit_large_patch14_reg4_dinov2": ({**_LARGE, **_DINOV2_REG}, "lvd142m"),
     "vit_giant_patch14_reg4_dinov2": ({**_GIANT2, **_DINOV2_REG, "mlp_ratio": 2.66667 * 2}, "lvd142m"),
+    "vit_intern300m_patch14_448": (
+        {**_LARGE, **_NO_NORM, "init_values": 0.1, "dynamic_img_size": True},
+        "ogvl_dist",
+    ),
+    "vit_base_patch16_radio_v3": ({**_BASE, **_RADIO, "reg_tokens": 7, "init_values": 1e-5}, "c_radio"),
+    "vit_large_patch16_radio_v3": ({**_LARGE, **_RADIO, "reg_tokens": 7, "init_values": 1e-5}, "c_radio"),
+    "vit_huge_patch16_radio_v3": ({**_HUGE, **_RADIO, "reg_tokens": 7}, "c_radio"),
+    "vit_huge_patch16_radio_v4": ({**_HUGE, **_RADIO, "reg_tokens": 9}, "c_radio"),
+    "vit_giant_patch16_radio_v3": ({**_GIANTOPT, **_RADIO, "num_heads": 24, "reg_tokens": 7}, "c_radio"),
+    "vit_so400m_patch16_radio_v4": (
+        {**_SO400M, **_RADIO, "mlp_ratio": 4304 / 1152, "reg_tokens": 9},
+        "c_radio",
+    ),
     "vit_base_patch14_reg1_tipsv2": ({**_BASE, **_TIPS}, "webli"),
     "vit_large_patch14_reg1_tipsv2": ({**_LARGE, **_TIPS}, "webli"),
     "vit_so400m_patch14_reg1_tipsv2": ({**_SO400M, **_TIPS, "mlp_ratio": 4304 / 1152}, "webli"),

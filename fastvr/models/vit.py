@@ -46,6 +46,7 @@ class ViT(Model):
         reg_tokens: number of register tokens (Darcet et al., 2024).
         no_embed_class: whether positions are for patches only.
         fc_norm: whether the last norm follows the pooling instead of preceding it; None: where that is "avg".
+        final_norm: whether there is a last norm at all.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, of the embedded
             tokens, of the blocks' branches, of the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
@@ -81,6 +82,7 @@ class ViT(Model):
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         fc_norm: bool | None = None,
+        final_norm: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -145,7 +147,8 @@ class ViT(Model):
             )
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm: nn.Module = nn.Identity() if after_pool else nn.LayerNorm(embed_dim, eps=norm_eps)
+        before_pool, after_pool = final_norm and not after_pool, final_norm and after_pool
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if before_pool else nn.Identity()
         self.attn_pool: nn.Module | None = None
         if global_pool == "map":
             self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, act=act, norm_eps=norm_eps)

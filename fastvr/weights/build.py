@@ -168,6 +168,7 @@ def _arguments(
         "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),
         "fc_norm": fc_norm,
+        "final_norm": fc_norm or "norm.weight" in state,
         **stated,
     }
     if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():

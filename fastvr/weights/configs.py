@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fastvr.models._model import Model
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
@@ -65,6 +67,7 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "reg_tokens": model.num_reg_tokens,
         "global_pool": model.global_pool,
         "fc_norm": described["fc_norm"],
+        **({} if has_last_norm(model) else {"final_norm": False}),
     }
 
 
@@ -94,6 +97,11 @@ def timm_config(model: Model, described: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def has_last_norm(model: ViT) -> bool:
+    """Whether a norm comes before or behind the pooling."""
+    return any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
+
+
 def check_torchvision(model: Model, described: dict[str, Any]) -> None:
     problems = []
     if isinstance(model, ResNet):
@@ -107,8 +115,8 @@ def check_torchvision(model: Model, described: dict[str, Any]) -> None:
             problems.append("other tokens than the class token")
         if "blocks.0.ls1.gamma" in model.state_dict():
             problems.append("LayerScale")
-        if "blocks.0.attn.q_norm.weight" in model.state_dict():
-            problems.append("norms of queries and keys")
+        if "blocks.0.attn.q_norm.weight" in model.state_dict() or not has_last_norm(model):
+            problems.append("norms of queries and keys, or no last norm")
         expected = {"act": "gelu", "norm_first": True, "global_pool": "token", "fc_norm": False}
         different = [name for name, value in expected.items() if described[name] != value]
         problems += [f"{name}={described[name]!r}" for name in different]
@@ -139,8 +147,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
     ]
     if not model.has_class_token:
         problems.append("no class token")
-    if "blocks.0.attn.q_norm.weight" in state:
-        problems.append("norms of queries and keys")
+    if "blocks.0.attn.q_norm.weight" in state or not has_last_norm(model):
+        problems.append("norms of queries and keys, or no last norm")
     if scaled:
         kind, prefix = ("dinov2_with_registers", "Dinov2WithRegisters") if registers else ("dinov2", "Dinov2")
         if model.num_classes or distilled:

@@ -42,6 +42,7 @@ _SHAPES = {
     "init_values",
     "class_token",
     "pre_norm",
+    "final_norm",
     "reg_tokens",
     "dynamic_img_size",
     "drop_path_rate",

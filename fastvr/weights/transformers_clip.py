@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastvr.models.vit import ViT
-from fastvr.weights.configs import HIDDEN_ACTS
+from fastvr.weights.configs import HIDDEN_ACTS, has_last_norm
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Names, Slot
 from fastvr.weights.transformers import ACTIVATIONS, sizes
@@ -153,8 +153,8 @@ def config(model: ViT, described: Mapping[str, Any]) -> dict[str, Any]:
         problems.append("no class token" if clip else "other tokens than the patches")
     if "blocks.0.ls1.gamma" in state or "blocks.0.attn.qkv.bias" not in state:
         problems.append("LayerScale, or no bias of query, key and value")
-    if "blocks.0.attn.q_norm.weight" in state:
-        problems.append("norms of queries and keys")
+    if "blocks.0.attn.q_norm.weight" in state or not has_last_norm(model):
+        problems.append("norms of queries and keys, or no last norm")
     if model.num_classes and (not clip or bool(state["head.bias"].any())):
         problems.append("a head (reset_classifier(0) takes it off)" if not clip else "a bias in its head")
     if model.img_size[0] != model.img_size[1] or model.patch_size[0] != model.patch_size[1]:

@@ -25,6 +25,8 @@ VARIANTS = {
     "no-qkv-bias": {"qkv_bias": False},
     "no-head": {"num_classes": 0},
     "attention-pooling-registers": {"reg_tokens": 2, "global_pool": "map"},
+    "no-last-norm": {"final_norm": False},
+    "no-last-norm-avg": {"final_norm": False, "global_pool": "avg"},
     "a margin": {"img_size": (30, 39)},
     "oblong": {"img_size": (16, 40), "patch_size": (8, 4)},
 }

@@ -16,6 +16,7 @@ import fastvr
 from fastvr.models.resnet import ResNet
 from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.testing import assert_parity, truth_model
+from fastvr.verify import verify
 
 VIT: dict[str, Any] = {
     "img_size": 32,
@@ -78,6 +79,27 @@ def test_every_layout_gives_its_own_librarys_numbers(kind, where, make_peer, tmp
     assert report[:3] == (layout, (), ())
     assert sorted(report.unused) == sorted(UNUSED.get(kind, ()))
     same_function(model, peer)
+
+
+def test_the_tower_of_a_whole_clip(tmp_path) -> None:
+    """Its text tower is named as of no use; its configuration lies one level deeper."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    towers = {
+        "vision_config": {**sizes, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"},
+        "text_config": {**sizes, "vocab_size": 9},
+    }
+    torch.manual_seed(3)
+    peer = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=5)).eval()
+    peer.save_pretrained(tmp_path)
+    model = fastvr.load_model(tmp_path)
+    assert model.blocks[0].attn.num_heads == 2
+    assert type(model.blocks[0].mlp.act) is nn.GELU
+    unused = fastvr.load_checkpoint(model, tmp_path).unused
+    assert {key.partition(".")[0] for key in unused} == {"text_model", "text_projection", "logit_scale"}
+    assert verify(tmp_path, batch=2).ours.passed
+    with pytest.raises(fastvr.CheckpointError, match=r"CLIP with a classifier .* not supported"):
+        fastvr.load_model({**peer.vision_model.state_dict(), "classifier.weight": torch.zeros(5, 32)})
 
 
 def test_a_model_of_another_function_is_refused(make_peer, tmp_path) -> None:
