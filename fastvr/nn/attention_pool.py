@@ -52,7 +52,7 @@ class AttentionPoolLatent(nn.Module):
     def attended(self, x: torch.Tensor) -> torch.Tensor:
         """What comes before norm and MLP, [B, N, D] to [B, D]."""
         # the query is the same for every sample
-        q = linear(self.q, self.latent[0])
+        q = linear(self.q, self.latent)
         kv = linear(self.kv, x)
-        y = attention_kv(q.expand(x.shape[0], 1, -1), kv, self.num_heads, scale=self.scale)
+        y = attention_kv(q.expand(x.shape[0], -1, -1), kv, self.num_heads, scale=self.scale)
         return linear(self.proj, y[:, 0])
