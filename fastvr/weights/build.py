@@ -168,11 +168,12 @@ def _arguments(
         "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),
         "fc_norm": fc_norm,
-        "final_norm": fc_norm or "norm.weight" in state,
         **stated,
     }
-    if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():
+    said = stated.keys() | overrides.keys()
+    if arguments["pre_norm"]:
         arguments = {"norm_eps": 1e-5, **arguments}
+    if (arguments["pre_norm"] or "attn_pool.latent" in state) and "act" not in said:
         logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
         gated = arguments.get("act") == "swiglu"

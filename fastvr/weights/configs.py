@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from fastvr.models._model import Model
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
-from fastvr.weights.describe import mlp_ratio, resnet_arguments
+from fastvr.weights.describe import has_last_norm, mlp_ratio, resnet_arguments
 
 HIDDEN_ACTS = {
     "gelu": "gelu",
@@ -95,11 +93,6 @@ def timm_config(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": {"num_classes": model.num_classes, "classifier": classifier},
     }
-
-
-def has_last_norm(model: ViT) -> bool:
-    """Whether a norm comes before or behind the pooling."""
-    return any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
 
 
 def check_torchvision(model: Model, described: dict[str, Any]) -> None:

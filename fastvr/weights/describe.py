@@ -26,6 +26,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "norm_first": bool,
     "global_pool": str,
     "fc_norm": bool,
+    "final_norm": bool,
     "no_embed_class": bool,
 }
 
@@ -60,7 +61,13 @@ def describe(model: Model) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "fc_norm": isinstance(model.fc_norm, nn.LayerNorm),
         "no_embed_class": model.no_embed_class,
+        **({} if has_last_norm(model) else {"final_norm": False}),
     }
+
+
+def has_last_norm(model: ViT) -> bool:
+    """Whether a norm comes before or behind the pooling."""
+    return any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
 
 
 def activation(mlp: Mlp | GluMlp) -> str | None:

@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "act_layer": "act",
     "global_pool": "global_pool",
     "fc_norm": "fc_norm",
+    "final_norm": "final_norm",
     "no_embed_class": "no_embed_class",
 }
 # those that the weights tell, or that change no number in eval
@@ -42,7 +43,6 @@ _SHAPES = {
     "init_values",
     "class_token",
     "pre_norm",
-    "final_norm",
     "reg_tokens",
     "dynamic_img_size",
     "drop_path_rate",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fastvr.models.vit import ViT
-from fastvr.weights.configs import HIDDEN_ACTS, has_last_norm
+from fastvr.weights.configs import HIDDEN_ACTS
+from fastvr.weights.describe import has_last_norm
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Names, Slot
 from fastvr.weights.transformers import ACTIVATIONS, sizes

@@ -214,6 +214,36 @@ def test_clips_weights_alone(tmp_path, caplog) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_last_norm_is_no_guess(tmp_path) -> None:
+    model = fastvr.ViT(**TIMM, final_norm=False).eval()
+    x = torch.randn(2, 3, 32, 32)
+    again = fastvr.load_model(fastvr.save_model(model, tmp_path / "radio"))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert verify(tmp_path / "radio", batch=1).ours.passed
+    save_file(dict(model.state_dict()), tmp_path / "alone.safetensors")
+    with pytest.raises(fastvr.CheckpointError, match=r"missing: norm\.weight, norm\.bias"):
+        fastvr.load_model(tmp_path / "alone.safetensors", num_heads=2)
+    fastvr.load_model(tmp_path / "alone.safetensors", num_heads=2, final_norm=False)
+    for layout in ("torchvision", "transformers"):
+        with pytest.raises(ValueError, match="no last norm"):
+            fastvr.save_model(model, tmp_path / "out", layout)
+
+
+def test_siglips_weights_alone(tmp_path, caplog) -> None:
+    model = fastvr.ViT(**TIMM, class_token=False, global_pool="map", act="gelu_tanh").eval()
+    save_file(dict(model.state_dict()), tmp_path / "siglip.safetensors")
+    with caplog.at_level(logging.WARNING, "fastvr"):
+        fastvr.load_model(tmp_path / "siglip.safetensors", num_heads=2)
+    assert "does not say which activation it has; exact GELU is taken" in caplog.text
+    caplog.clear()
+    again = fastvr.load_model(tmp_path / "siglip.safetensors", num_heads=2, act="gelu_tanh")
+    assert not caplog.text
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
 def test_timms_configuration_decides(tmp_path) -> None:
     model = fastvr.ViT(
         **{**TIMM, "patch_size": 16}, act="gelu_tanh", class_token=False, global_pool="avg", fc_norm=False
