@@ -15,6 +15,7 @@ from fastvr.models.positions import resample
 from fastvr.nn.attention_pool import AttentionPoolLatent
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
+from fastvr.nn.mlp import ACTIVATIONS
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
 from fastvr.nn.plain import layer_norm, plain, plain_norm
 from fastvr.reference.image import normalize
@@ -105,6 +106,9 @@ class ViT(Model):
             if value < minimum:
                 raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
         _check_pool(global_pool, class_token)
+        if act != "swiglu" and act not in ACTIVATIONS:
+            names = ", ".join(map(repr, (*ACTIVATIONS, "swiglu")))
+            raise ValueError(f"ViT: act must be one of {names}; got {act!r}")
         if global_pool == "map" and act == "swiglu":
             raise ValueError("ViT: act must be that of a plain MLP with global_pool='map'; got 'swiglu'")
 

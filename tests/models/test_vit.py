@@ -176,7 +176,9 @@ def test_initial_weights_are_timms_distribution() -> None:
         ({"reg_tokens": -1}, "reg_tokens"),
         ({"global_pool": "max"}, "global_pool"),
         ({"class_token": False}, "global_pool"),
-        ({"act": "silu"}, "act"),
+        ({"act": "silu"}, "ViT: act must be one of .*'swiglu'; got 'silu'"),
+        ({"act": "swiglu", "global_pool": "map"}, "act must be that of a plain MLP"),
+        ({"act": "swiglu", "mlp_ratio": 65 / 64}, "hidden_features must be even"),
     ],
     ids=str,
 )
