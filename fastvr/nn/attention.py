@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear as linear_op
@@ -55,18 +55,22 @@ class Attention(nn.Module):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * attention(norm(x))``, in as few launches as the modules' state allows."""
+        """``residual + drop_path(gamma * attention(norm(x)))``, in as few launches as the modules' state
+        allows."""
         if norm is not None and (fused := self.fused(norm, gamma)) is not None:
-            return layernorm_attention(x, **fused, residual=residual)
+            return layernorm_attention(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
         qkv = linear(self.qkv, x)
         y = attention(qkv, self.num_heads, scale=self.scale) if idle(self.attn_drop) else self._observed(qkv)
         proj = self.proj
         if plain(proj, nn.Linear) and idle(self.proj_drop):
-            return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual)
-        return join(self.proj_drop(linear(proj, y)), gamma, residual)
+            scale = drawn(drop_path, y)
+            return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual, sample_scale=scale)
+        y = self.proj_drop(linear(proj, y))
+        return join(y, gamma, residual, drawn(drop_path, y))
 
     def fused(self, norm: nn.Module, gamma: torch.Tensor | None) -> dict[str, Any] | None:
         """The arguments of :func:`layernorm_attention` but x and residual, or None where a module is
@@ -100,9 +104,14 @@ class Attention(nn.Module):
         )
 
     def first(
-        self, x: torch.Tensor, gamma: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        gamma: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * attention(x)`` of each sample's first token alone: [B, N, D] to [B, D]."""
+        """``residual + drop_path(gamma * attention(x))`` of each sample's first token alone: [B, N, D]
+        to [B, D]."""
         qkv, proj = self.qkv, self.proj
         assert plain(qkv, nn.Linear)
         assert plain(proj, nn.Linear)
@@ -113,7 +122,8 @@ class Attention(nn.Module):
         # of rows, not of samples with one: PyTorch would add the bias in a launch of its own
         q = linear_op(x[:, 0], q_weight, q_bias)[:, None]
         y = attention_kv(q, linear_op(x, kv_weight, kv_bias), self.num_heads, scale=self.scale)
-        return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual)
+        scale = drawn(drop_path, x)
+        return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual, sample_scale=scale)
 
     def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
         """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place."""

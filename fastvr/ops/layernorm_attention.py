@@ -1,5 +1,5 @@
-"""layernorm_attention: residual + gamma * proj(attention(qkv(LayerNorm(x)))). In training one op, which keeps
-x, qkv and what attention gives, and nothing in between; else the four ops that it is made of."""
+"""layernorm_attention: residual + sample_scale * gamma * proj(attention(qkv(LayerNorm(x)))). In training one
+op, which keeps x, qkv and what attention gives, and nothing in between; else the four ops it is made of."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def layernorm_attention(
     eps: float = 1e-6,
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LayerNorm, self-attention, LayerScale and residual addition of a pre-norm transformer block.
+    """The first half of a pre-norm transformer block: LayerNorm, self-attention, LayerScale, stochastic depth
+    and residual addition.
 
     Args:
         x: [B, N, features], float32, float16 or bfloat16 (float64 runs in PyTorch).
@@ -47,6 +49,8 @@ def layernorm_attention(
         eps: LayerNorm's, added to the variance.
         gamma: [out_features], any floating dtype: LayerScale.
         residual: [B, N, out_features], any floating dtype; usually x itself.
+        sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
+            sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
 
     Returns:
         [B, N, out_features] in the dtype that PyTorch's promotion of proj's result, gamma and residual gives.
@@ -71,6 +75,7 @@ def layernorm_attention(
             eps=eps,
             gamma=gamma,
             residual=residual,
+            sample_scale=sample_scale,
         )
     )
 
@@ -89,6 +94,7 @@ def checked(
     eps: float = 1e-6,
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> Arguments:
     """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
     op = "layernorm_attention"
@@ -133,6 +139,7 @@ def checked(
         num_heads,
         scale,
         float(eps),
+        _check.sample_scale(op, sample_scale, x),
     )
 
 
@@ -143,7 +150,7 @@ def run(a: Arguments) -> torch.Tensor:
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
     qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
     attended = ATTENTION(qkv, a.num_heads, a.scale)
-    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
 
 
 class Arguments(NamedTuple):
@@ -159,6 +166,7 @@ class Arguments(NamedTuple):
     num_heads: int
     scale: float
     eps: float
+    sample_scale: torch.Tensor | None = None
 
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -182,7 +190,7 @@ def kernel(a: Arguments) -> _Results:
             eps=a.eps,
         )
     attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale)
-    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
     return y, qkv, attended, lse, moments
 
 
@@ -232,17 +240,17 @@ _BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_ATTENTION:
-        saves |= {"proj_weight", "gamma", 1, 2, 3}
+        saves |= {"proj_weight", "gamma", "sample_scale", 1, 2, 3}
     if needs & _NORM:
         saves |= {"x", "ln_weight", "qkv_weight"}
     if "qkv_weight" in needs:
         saves |= {"x", "ln_weight", "ln_bias", 4}
     if needs & {"proj_weight", "proj_bias"}:
-        saves.add("gamma")
+        saves |= {"gamma", "sample_scale"}
     if needs & {"proj_weight", "gamma"}:
         saves.add(2)
     if "gamma" in needs:
-        saves |= {"proj_weight", "proj_bias", "gamma"}
+        saves |= {"proj_weight", "proj_bias", "gamma", "sample_scale"}
     return saves
 
 
@@ -261,12 +269,13 @@ def backward(
             a.gamma,
             "proj_bias" in needs,
             "gamma" in needs,
+            sample_scale=a.sample_scale,
         )
         found |= {"proj_weight": of_proj.weight, "proj_bias": of_proj.bias, "gamma": of_proj.gamma}
     elif "proj_bias" in needs:
-        found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma)
+        found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma, a.sample_scale)
     if needs & _BEFORE_ATTENTION:
-        of_attended = input_gradient(branch, a.proj_weight, a.gamma)
+        of_attended = input_gradient(branch, a.proj_weight, a.gamma, a.sample_scale)
         dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, a.num_heads, a.scale)
         rows = as_rows(dqkv)
         if "qkv_weight" in needs:
@@ -288,7 +297,8 @@ def backward(
 LAYERNORM_ATTENTION_TRAINING = Op(
     "layernorm_attention_training",
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
-    "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps",
+    "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps, "
+    "Tensor? sample_scale=None",
     arguments=Arguments,
     kernel=kernel,
     reference=reference_training,

@@ -39,7 +39,8 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
     # what goes into the second half has x's shape and, where one op does all, its dtype
     second = layernorm_mlp.checked(x, **mlp, residual=x)
     if result_dtype(x, first.gamma) == x.dtype and x.dtype != first.qkv_weight.dtype:
-        args = (x, *_own(first), *_own(second), *first[-3:], *second[-2:])
+        numbers = (first.num_heads, first.scale, first.eps, second.eps, second.act)
+        args = (x, *_own(first), *_own(second), *numbers, first.sample_scale, second.sample_scale)
         if TRANSFORMER_BLOCK_TRAINING.trains(*args):
             return TRANSFORMER_BLOCK_TRAINING(*args)[0]
     y = layernorm_attention.run(first)
@@ -49,7 +50,7 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
 
 
 def _own(half: layernorm_attention.Arguments | layernorm_mlp.Arguments) -> tuple[Any, ...]:
-    """Its seven parameters: without x, residual and numbers."""
+    """Its seven parameters: without x, residual, numbers and sample_scale."""
     return half[1:8]
 
 
@@ -76,6 +77,8 @@ class Arguments(NamedTuple):
     attn_eps: float
     mlp_eps: float
     act: str
+    attn_sample_scale: torch.Tensor | None = None
+    mlp_sample_scale: torch.Tensor | None = None
 
 
 _Results = tuple[
@@ -84,11 +87,12 @@ _Results = tuple[
 
 
 def _attention(a: Arguments) -> layernorm_attention.Arguments:
-    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, a.num_heads, a.scale, a.attn_eps)
+    numbers = (a.num_heads, a.scale, a.attn_eps)
+    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, *numbers, a.attn_sample_scale)
 
 
 def _mlp(a: Arguments, between: torch.Tensor) -> layernorm_mlp.Arguments:
-    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act)
+    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act, a.mlp_sample_scale)
 
 
 def _kernel(a: Arguments) -> _Results:
@@ -150,7 +154,7 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
                 saves.add("x" if name == "x" else half + name)
             else:
                 # what lies between the halves is computed again
-                saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma"}
+                saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma", "attn_sample_scale"}
     return saves
 
 
@@ -164,7 +168,7 @@ def _backward(
         between = a.x
         if "x" in layernorm_mlp.saves_of(_mlp(a, a.x), of_mlp):
             between = LINEAR.where_supported(
-                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none"
+                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none", a.attn_sample_scale
             )
         gradients = layernorm_mlp.backward(_mlp(a, between), (None, hidden, mlp_moments), grad, of_mlp)
         found |= {f"mlp_{name}": value for name, value in gradients.items()}
@@ -183,7 +187,7 @@ TRANSFORMER_BLOCK_TRAINING = Op(
     "Tensor attn_proj_weight, Tensor? attn_proj_bias, Tensor? attn_gamma, Tensor mlp_ln_weight, "
     "Tensor? mlp_ln_bias, Tensor mlp_fc1_weight, Tensor? mlp_fc1_bias, Tensor mlp_fc2_weight, "
     "Tensor? mlp_fc2_bias, Tensor? mlp_gamma, int num_heads, float scale, float attn_eps, float mlp_eps, "
-    "str act",
+    "str act, Tensor? attn_sample_scale=None, Tensor? mlp_sample_scale=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,
