@@ -59,6 +59,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} proj", **size, k=dim, n=dim, residual=True),
             Case.of("linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+            Case.of("linear", f"{name} proj drop path", **size, k=dim, n=dim, residual=True, drop_path=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
         "linear_stats": [
@@ -94,8 +95,22 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
                 ("fc1", dim, 4 * dim, True),
                 ("fc2", 4 * dim, dim, False),
             )
+        ]
+        + [
+            Case.of(
+                "linear_weight_backward",
+                f"{name} fc2 drop path",
+                **size,
+                k=4 * dim,
+                n=dim,
+                norm=False,
+                drop_path=True,
+            )
         ],
-        "linear_act_backward": [Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim)],
+        "linear_act_backward": [
+            Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim),
+            Case.of("linear_act_backward", f"{name} fc2 drop path", **size, k=4 * dim, n=dim, drop_path=True),
+        ],
     }
 
 

@@ -28,7 +28,7 @@ _KINDS: _Kinds = {
         {"act": "none"},
         {"act": "gelu", "gamma": True, "residual": True},
         {"act": "relu", "bias": False, "residual": True},
-        {"act": "gelu_tanh"},
+        {"act": "gelu_tanh", "drop_path": True},
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
     "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
@@ -54,8 +54,13 @@ _KINDS: _Kinds = {
     ],
     "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
     **dict.fromkeys(BLOCK, _HEADS),
-    "linear_weight_backward": [{"norm": True}, {"norm": False}, {"norm": False, "bias": False}],
-    "linear_act_backward": [{"act": "gelu"}, {"act": "gelu_tanh"}, {"act": "relu"}],
+    "linear_weight_backward": [
+        {"norm": True},
+        {"norm": False},
+        {"norm": False, "bias": False},
+        {"norm": False, "drop_path": True},
+    ],
+    "linear_act_backward": [{"act": "gelu"}, {"act": "gelu_tanh"}, {"act": "relu", "drop_path": True}],
     "conv_bn_relu": [
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (

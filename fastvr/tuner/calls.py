@@ -213,7 +213,8 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
             made[id(value)] = _random(name, value, device, generator)
         return made[id(value)]
 
-    named = {name: real(name, value) for name, value in zip(names, call.args, strict=True)}
+    # the dispatcher leaves out the last arguments where they are as by default
+    named = {name: real(name, value) for name, value in zip(names, call.args, strict=False)}
     # what is computed from another argument, as a folded LayerNorm has it
     if named.get("stats") is not None:
         named["stats"].copy_(row_stats(named["x"]))
@@ -222,7 +223,7 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
     if named.get("lse") is not None:
         forward = OPS[call.op.replace("_backward", "_training")]
         names = [argument.name for argument in forward.overload._schema.arguments]
-        y, lse = forward.reference(*(named[name] for name in names))
+        y, lse = forward.reference(*(named[name] for name in names if name in named))
         named["y"].copy_(y)
         named["lse"].copy_(lse)
     return tuple(named.values())

@@ -337,7 +337,7 @@ def test_a_models_calls_most_expensive_first_each_key_once() -> None:
 
 
 def parts_of_mlp(*args: Any) -> Tensor:
-    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, residual, eps, act = args
+    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, residual, eps, act, *_ = args
     hidden = linear(layer_norm(x, ln_weight, ln_bias, eps), fc1_weight, fc1_bias, act=act)
     return linear(hidden, fc2_weight, fc2_bias, gamma=gamma, residual=residual)
 
