@@ -34,7 +34,9 @@ class SchemaCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fastvr":
-            self.calls.append((func._schema.name.removeprefix("fastvr::"), args))
+            # the dispatcher leaves out the last arguments where they are as by default
+            rest = (argument.default_value for argument in func._schema.arguments[len(args) :])
+            self.calls.append((func._schema.name.removeprefix("fastvr::"), (*args, *rest)))
         return func(*args, **(kwargs or {}))
 
 
@@ -213,8 +215,7 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
             made[id(value)] = _random(name, value, device, generator)
         return made[id(value)]
 
-    # the dispatcher leaves out the last arguments where they are as by default
-    named = {name: real(name, value) for name, value in zip(names, call.args, strict=False)}
+    named = {name: real(name, value) for name, value in zip(names, call.args, strict=True)}
     # what is computed from another argument, as a folded LayerNorm has it
     if named.get("stats") is not None:
         named["stats"].copy_(row_stats(named["x"]))
@@ -223,7 +224,7 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
     if named.get("lse") is not None:
         forward = OPS[call.op.replace("_backward", "_training")]
         names = [argument.name for argument in forward.overload._schema.arguments]
-        y, lse = forward.reference(*(named[name] for name in names if name in named))
+        y, lse = forward.reference(*(named[name] for name in names))
         named["y"].copy_(y)
         named["lse"].copy_(lse)
     return tuple(named.values())

@@ -370,7 +370,7 @@ def test_real_tensors_are_as_the_models() -> None:
     x = base[:, 1:, :]
     weight = torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
     residual = torch.empty(8, 1, device="meta").expand(4, 8, 6)
-    call = calls.Call("linear", (x, weight, None, None, residual, "none"), "k", (), Cost(0, 0))
+    call = calls.Call("linear", (x, weight, None, None, residual, "none", None), "k", (), Cost(0, 0))
     made = calls.materialise(call, CPU)
     for tensor, like in zip(made, call.args, strict=True):
         if isinstance(like, Tensor):
