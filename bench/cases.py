@@ -70,7 +70,14 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
         ],
-        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION},
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION[:1]},
+        **{
+            op: [
+                Case.of(op, name, **size, heads=dim // 64, head_dim=64),
+                Case.of(op, f"{name} dropout", **size, heads=dim // 64, head_dim=64, dropout=0.1),
+            ]
+            for op in ATTENTION[1:]
+        },
         **{
             op: [Case.of(op, f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)]
             for op in ATTENTION_KV

@@ -69,7 +69,10 @@ def _attention_kv(case: Case, make: Maker) -> dict[str, Any]:
 
 
 def _attention_training(case: Case, make: Maker) -> dict[str, Any]:
-    return _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
+    given = _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
+    if p := case.get("dropout"):
+        given |= {"dropout_p": p, "seed": torch.tensor([5, 6], device=make.device)}
+    return given
 
 
 def _attention_kv_training(case: Case, make: Maker) -> dict[str, Any]:
@@ -79,8 +82,7 @@ def _attention_kv_training(case: Case, make: Maker) -> dict[str, Any]:
 def _attention_backward(case: Case, make: Maker) -> dict[str, Any]:
     given = _attention_training(case, make)
     y, lse = attention_training(**given)
-    rest = {"y": y, "lse": lse, "num_heads": given["num_heads"], "scale": given["scale"]}
-    return {"grad": make.normal(*y.shape), "qkv": given["qkv"], **rest}
+    return {"grad": make.normal(*y.shape), "y": y, "lse": lse, **given}
 
 
 def _attention_kv_backward(case: Case, make: Maker) -> dict[str, Any]:

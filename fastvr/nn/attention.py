@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
@@ -64,7 +63,11 @@ class Attention(nn.Module):
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
         qkv = linear(self.qkv, x)
-        y = attention(qkv, self.num_heads, scale=self.scale) if idle(self.attn_drop) else self._observed(qkv)
+        dropout_p = self._dropout_p()
+        if dropout_p is None:
+            y = self._observed(qkv)
+        else:
+            y = attention(qkv, self.num_heads, scale=self.scale, dropout_p=dropout_p)
         proj = self.proj
         if plain(proj, nn.Linear) and idle(self.proj_drop):
             scale = drawn(drop_path, y)
@@ -125,12 +128,15 @@ class Attention(nn.Module):
         scale = drawn(drop_path, x)
         return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual, sample_scale=scale)
 
-    def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attention whose weights are dropped, or read by a hook or a module in ``attn_drop``'s place."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def _dropout_p(self) -> float | None:
+        """With which probability attention weights are dropped, or None where somebody wants to see them."""
         if plain(self.attn_drop, nn.Dropout):
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, scale=self.scale)
-        else:
-            weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-            y = self.attn_drop(weights) @ v
+            return self.attn_drop.p if self.attn_drop.training else 0.0
+        return 0.0 if idle(self.attn_drop) else None
+
+    def _observed(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Attention whose weights are read by a hook or a module in ``attn_drop``'s place."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        y: torch.Tensor = self.attn_drop(weights) @ v
         return y.transpose(1, 2).flatten(2)

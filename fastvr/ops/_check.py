@@ -95,6 +95,13 @@ def scale(op: str, value: float | None, head_dim: int) -> float:
     return float(value)
 
 
+def probability(op: str, name: str, value: float) -> float:
+    """``value`` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be a number from 0 to 1; got {value!r}")
+    return value
+
+
 def kernel_dtypes(*arguments: object) -> str | None:
     """The reason why kernels cannot take the tensors among ``arguments``, or None."""
     for tensor in arguments:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
@@ -18,8 +19,10 @@ from fastvr.reference.attention import attention_kv_training as reference_kv_tra
 from fastvr.reference.attention import attention_training as reference_training
 
 
-def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) -> torch.Tensor:
-    """Self-attention of every head, straight from a packed qkv projection, without a mask or dropout.
+def attention(
+    qkv: torch.Tensor, num_heads: int, *, scale: float | None = None, dropout_p: float = 0.0
+) -> torch.Tensor:
+    """Self-attention of every head, straight from a packed qkv projection, without a mask.
 
     Computes ``softmax(scale * q @ k.T) @ v`` for each sample and head; scores and sums are float32.
 
@@ -29,6 +32,11 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
             multiples of 8.
         num_heads: number of heads.
         scale: of the scores, head_dim ** -0.5 unless given; the kernel takes positive ones.
+        dropout_p: the probability with which each weight is dropped, 0 to 1; the others are divided by
+            1 - dropout_p. Where PyTorch's own attention runs, the random numbers are its own. Kernels, which
+            run where a gradient is needed, have the same distribution from a stream of theirs: Philox 4x32-10
+            at each weight's place, by a seed that PyTorch's generator draws on the device. So
+            ``torch.manual_seed`` decides, and a CUDA graph draws anew at each replay.
 
     Returns:
         [B, N, num_heads * head_dim], qkv's dtype.
@@ -48,7 +56,16 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
     scale = _check.scale("attention", scale, qkv.shape[-1] // (3 * num_heads))
     if (dtype := _check.autocast_dtype(qkv.device)) is not None:
         qkv = _check.cast(qkv, dtype)
-    return ATTENTION(qkv, num_heads, scale)
+    if _check.probability("attention", "dropout_p", dropout_p) == 0:
+        return ATTENTION(qkv, num_heads, scale)
+    if ATTENTION_TRAINING.trains(qkv, num_heads, scale):
+        # inside an operator it would draw anew for every implementation and every time a graph is traced
+        seed = torch.randint(_SEEDS, (2,), device=qkv.device)
+        return ATTENTION_TRAINING(qkv, num_heads, scale, float(dropout_p), seed)[0]
+    backend.ran("attention", "reference")
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    return y.transpose(1, 2).flatten(2)
 
 
 def attention_kv(
@@ -105,10 +122,18 @@ def table_key_kv(
     return tuning.key(op, dtype, b=tuning.bucket(batch), m=m, n=n, h=num_heads, d=head_dim)
 
 
+_SEEDS = 2**63 - 1
+
+
 class Arguments(NamedTuple):
+    """``seed``, with ``dropout_p``, is [2] int64: what the weights are dropped by. Only the training form has
+    both."""
+
     qkv: torch.Tensor
     num_heads: int
     scale: float
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
 
 class ArgumentsKV(NamedTuple):
@@ -142,7 +167,8 @@ def _run(a: Arguments, op: str, lse: torch.Tensor | None = None) -> torch.Tensor
     batch, n, num_heads, head_dim = _sizes(a)
     y = backend.empty((batch, n, num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
     qkv = reachable(a.qkv)
-    _launch(op, table_key(*_sizes(a), y.dtype, op), qkv, qkv, y, lse, num_heads, a.scale)
+    key = table_key(*_sizes(a), y.dtype, op)
+    _launch(op, key, qkv, qkv, y, lse, num_heads, a.scale, a.dropout_p, a.seed)
     return y
 
 
@@ -176,6 +202,8 @@ def _launch(
     lse: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> None:
     from fastvr.kernels.attention import (
         FEW_QUERIES,
@@ -195,7 +223,17 @@ def _launch(
         default=lambda: default_config(y.dtype, arch, head_dim=head_dim, few=few),
         candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, few=few),
     )
-    launch_attention_fwd(q=q, kv=kv, y=y, lse=lse, num_heads=num_heads, scale=scale, config=config)
+    launch_attention_fwd(
+        q=q,
+        kv=kv,
+        y=y,
+        lse=lse,
+        num_heads=num_heads,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        config=config,
+    )
 
 
 def _fake(a: Arguments) -> torch.Tensor:
@@ -269,7 +307,7 @@ def _cost_kv_training(a: ArgumentsKV) -> Cost:
 def _backward(
     a: Arguments, results: tuple[torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor]:
-    return {"qkv": ATTENTION_BACKWARD(grad, a.qkv, *results, a.num_heads, a.scale)}
+    return {"qkv": ATTENTION_BACKWARD(grad, a.qkv, *results, *a[1:])}
 
 
 def _backward_kv(
@@ -282,7 +320,7 @@ def _backward_kv(
 
 ATTENTION_TRAINING = Op(
     "attention_training",
-    "Tensor qkv, int num_heads, float scale",
+    "Tensor qkv, int num_heads, float scale, float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=_kernel_training,
     reference=reference_training,
@@ -291,7 +329,7 @@ ATTENTION_TRAINING = Op(
     measured=_measured_training,
     cost=_cost_training,
     returns="(Tensor, Tensor)",
-    gradient=Gradient(saves=lambda a, needs: ("qkv", 0, 1), backward=_backward),
+    gradient=Gradient(saves=lambda a, needs: ("qkv", "seed", 0, 1), backward=_backward),
 )
 ATTENTION_KV_TRAINING = Op(
     "attention_kv_training",
