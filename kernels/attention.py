@@ -168,11 +168,16 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
 
 
 def candidate_configs(
-    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
 ) -> list[dict[str, int]]:
     """Configurations that fit ``arch`` for this head_dim; the first is the default. ``few``: at most
     ``FEW_QUERIES`` queries, where reading keys and values is all that takes time."""
     wide = head_dim > 64
+    if dropout and arch != "interpreter":
+        # random numbers take registers: those of the others that spill nowhere
+        if dtype == torch.float32:
+            return [_tile(16, 16, 4, 1)]
+        return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2) if wide else _tile(128, 64, 8, 2)]
     if few:
         if dtype == torch.float32:
             # two warps would spill where the inner dimension unrolls past 64
@@ -199,9 +204,11 @@ def candidate_configs(
     return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False) -> dict[str, int]:
+def default_config(
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
+) -> dict[str, int]:
     """The configuration without a measurement: 64 queries waste little of 197 or 257."""
-    return candidate_configs(dtype, arch, head_dim=head_dim, few=few)[0]
+    return candidate_configs(dtype, arch, head_dim=head_dim, few=few, dropout=dropout)[0]
 
 
 def launch_attention_fwd(

@@ -306,12 +306,19 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[dict[str, int]]:
+def candidate_configs(
+    dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False
+) -> list[dict[str, int]]:
     """Configurations that fit ``arch`` for this head_dim; the first is the default. BLOCK_M rows are a
     program's own, BLOCK_N those it walks at a time."""
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
     wide = head_dim > 64
+    if dropout:
+        # random numbers take registers: what spills nowhere
+        if dtype == torch.float32:
+            return [_tile(16 if wide else 32, 16, 4, 1)]
+        return [_tile(64, 32, 4, 1), _tile(32, 32, 4, 1)] if wide else [_tile(64, 32, 4, 2)]
     if arch.startswith("gfx"):
         if dtype == torch.float32:
             return [_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)]
@@ -331,8 +338,8 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
     return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:
-    return candidate_configs(dtype, arch, head_dim=head_dim)[0]
+def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False) -> dict[str, int]:
+    return candidate_configs(dtype, arch, head_dim=head_dim, dropout=dropout)[0]
 
 
 def launch_attention_bwd(

@@ -58,7 +58,7 @@ def attention(
         qkv = _check.cast(qkv, dtype)
     if _check.probability("attention", "dropout_p", dropout_p) == 0:
         return ATTENTION(qkv, num_heads, scale)
-    if ATTENTION_TRAINING.trains(qkv, num_heads, scale):
+    if ATTENTION_TRAINING.trains(qkv, num_heads, scale, float(dropout_p)):
         # inside an operator it would draw anew for every implementation and every time a graph is traced
         seed = torch.randint(_SEEDS, (2,), device=qkv.device)
         return ATTENTION_TRAINING(qkv, num_heads, scale, float(dropout_p), seed)[0]
@@ -111,9 +111,17 @@ def attention_kv(
 
 
 def table_key(
-    batch: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, op: str = "attention"
+    batch: int,
+    n: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    op: str = "attention",
+    *,
+    dropout: bool = False,
 ) -> str:
-    return tuning.key(op, dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim)
+    drop = {"drop": 1} if dropout else {}
+    return tuning.key(op, dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim, **drop)
 
 
 def table_key_kv(
@@ -167,7 +175,7 @@ def _run(a: Arguments, op: str, lse: torch.Tensor | None = None) -> torch.Tensor
     batch, n, num_heads, head_dim = _sizes(a)
     y = backend.empty((batch, n, num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
     qkv = reachable(a.qkv)
-    key = table_key(*_sizes(a), y.dtype, op)
+    key = table_key(*_sizes(a), y.dtype, op, dropout=a.seed is not None)
     _launch(op, key, qkv, qkv, y, lse, num_heads, a.scale, a.dropout_p, a.seed)
     return y
 
@@ -215,13 +223,14 @@ def _launch(
     if y.numel() == 0:
         return
     _, m, width = y.shape
-    arch, head_dim, few = backend.architecture(y.device), width // num_heads, m <= FEW_QUERIES
+    arch, head_dim = backend.architecture(y.device), width // num_heads
+    kind = {"few": m <= FEW_QUERIES, "dropout": seed is not None}
     config = tuning.config(
         op,
         key,
         y.device,
-        default=lambda: default_config(y.dtype, arch, head_dim=head_dim, few=few),
-        candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, few=few),
+        default=lambda: default_config(y.dtype, arch, head_dim=head_dim, **kind),
+        candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, **kind),
     )
     launch_attention_fwd(
         q=q,
@@ -275,7 +284,7 @@ def _measured_kv(a: ArgumentsKV) -> str:
 
 
 def _measured_training(a: Arguments) -> str:
-    key = table_key(*_sizes(a), a.qkv.dtype, "attention_training")
+    key = table_key(*_sizes(a), a.qkv.dtype, "attention_training", dropout=a.dropout_p > 0)
     return tuning.choice(key, a.qkv.device, "reference")
 
 

@@ -40,7 +40,7 @@ class ArgumentsKV(NamedTuple):
 
 def _key(a: Arguments) -> str:
     batch, n, width = a.y.shape
-    sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads}
+    sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads} | ({} if a.seed is None else {"drop": 1})
     return tuning.key("attention_backward", a.qkv.dtype, b=tuning.bucket(batch), **sizes)
 
 
@@ -84,8 +84,8 @@ def _launch(
         op,
         key,
         a.y.device,
-        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim),
-        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim),
+        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
+        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
     )
     launch_attention_bwd(
         grad=reachable(a.grad),

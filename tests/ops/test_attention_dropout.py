@@ -125,7 +125,8 @@ def test_every_configuration_drops_the_same(device):
         every = [
             config
             for arch in GRID.architectures
-            for config in module.candidate_configs(torch.bfloat16, arch, head_dim=32)
+            for head_dim in (32, 128)
+            for config in module.candidate_configs(torch.bfloat16, arch, head_dim=head_dim, dropout=True)
         ]
         for config in {tuple(config.items()): config for config in every}.values():
             with tuning.force_config(name, config):
