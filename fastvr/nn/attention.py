@@ -9,7 +9,7 @@ from torch import nn
 
 from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.attention import attention, attention_kv
-from fastvr.ops.layernorm_attention import layernorm_attention
+from fastvr.ops.layernorm_attention import layernorm_attention, trains
 from fastvr.ops.linear import linear as linear_op
 
 
@@ -58,7 +58,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``residual + drop_path(gamma * attention(norm(x)))``, in as few launches as the modules' state
         allows."""
-        if norm is not None and (fused := self.fused(norm, gamma)) is not None:
+        if norm is not None and (fused := self.fused(norm, gamma, x)) is not None:
             return layernorm_attention(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
@@ -75,15 +75,15 @@ class Attention(nn.Module):
         y = self.proj_drop(linear(proj, y))
         return join(y, gamma, residual, drawn(drop_path, y))
 
-    def fused(self, norm: nn.Module, gamma: torch.Tensor | None) -> dict[str, Any] | None:
-        """The arguments of :func:`layernorm_attention` but x and residual, or None where a module is
-        observed, replaced or dropping."""
-        to_qkv, proj = self.qkv, self.proj
-        if not (plain_norm(norm) and self.separable()):
+    def fused(self, norm: nn.Module, gamma: torch.Tensor | None, x: torch.Tensor) -> dict[str, Any] | None:
+        """The arguments of :func:`layernorm_attention` but x, residual and sample_scale, or None where a
+        module is observed, replaced, or drops by PyTorch's random numbers."""
+        to_qkv, proj, dropout_p = self.qkv, self.proj, self._dropout_p()
+        if not (plain_norm(norm) and self._known()) or dropout_p is None:
             return None
         assert plain(to_qkv, nn.Linear)
         assert plain(proj, nn.Linear)
-        return {
+        found = {
             "ln_weight": norm.weight,
             "ln_bias": norm.bias,
             "qkv_weight": to_qkv.weight,
@@ -94,15 +94,20 @@ class Attention(nn.Module):
             "scale": self.scale,
             "eps": norm.eps,
             "gamma": gamma,
+            "dropout_p": dropout_p,
         }
+        return found if dropout_p == 0 or trains(x, **found) else None
 
     def separable(self) -> bool:
         """Whether :meth:`first` gives what a call would: nothing inside is observed, replaced or dropping."""
+        return self._known() and idle(self.attn_drop)
+
+    def _known(self) -> bool:
+        """Whether nothing but ``attn_drop`` is observed, replaced or dropping."""
         return (
             plain(self, Attention)
             and plain(self.qkv, nn.Linear)
             and plain(self.proj, nn.Linear)
-            and idle(self.attn_drop)
             and idle(self.proj_drop)
         )
 

@@ -100,7 +100,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] to [B, N, D]."""
         if self.norm_first:
-            if (halves := self._halves()) is not None:
+            if (halves := self._halves(x)) is not None:
                 for half, drop_path in zip(halves, (self.drop_path1, self.drop_path2), strict=True):
                     half["sample_scale"] = drawn(_draws(drop_path), x)
                 return transformer_block(x, *halves)
@@ -109,7 +109,7 @@ class Block(nn.Module):
         x = layer_norm(self.norm1, _branch(self.attn, x, None, self.ls1, self.drop_path1))
         return layer_norm(self.norm2, _branch(self.mlp, x, None, self.ls2, self.drop_path2))
 
-    def _halves(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def _halves(self, x: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The arguments of both halves but sample_scale, where they may run as one op: nothing inside is
         observed, replaced or dropping but whole branches."""
         attn, mlp = self.attn, self.mlp
@@ -120,7 +120,7 @@ class Block(nn.Module):
             and all(_known(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
         ):
             return None
-        first = attn.fused(self.norm1, _gamma(self.ls1))
+        first = attn.fused(self.norm1, _gamma(self.ls1), x)
         second = mlp.fused(self.norm2, _gamma(self.ls2))
         return None if first is None or second is None else (first, second)
 

@@ -99,7 +99,7 @@ def probability(op: str, name: str, value: float) -> float:
     """``value`` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must be a number from 0 to 1; got {value!r}")
-    return value
+    return float(value)
 
 
 def kernel_dtypes(*arguments: object) -> str | None:

@@ -56,16 +56,24 @@ def attention(
     scale = _check.scale("attention", scale, qkv.shape[-1] // (3 * num_heads))
     if (dtype := _check.autocast_dtype(qkv.device)) is not None:
         qkv = _check.cast(qkv, dtype)
-    if _check.probability("attention", "dropout_p", dropout_p) == 0:
+    return attend(qkv, num_heads, scale, _check.probability("attention", "dropout_p", dropout_p))
+
+
+def attend(qkv: torch.Tensor, num_heads: int, scale: float, dropout_p: float) -> torch.Tensor:
+    """:func:`attention` of arguments that were found good."""
+    if dropout_p == 0:
         return ATTENTION(qkv, num_heads, scale)
-    if ATTENTION_TRAINING.trains(qkv, num_heads, scale, float(dropout_p)):
-        # inside an operator it would draw anew for every implementation and every time a graph is traced
-        seed = torch.randint(_SEEDS, (2,), device=qkv.device)
-        return ATTENTION_TRAINING(qkv, num_heads, scale, float(dropout_p), seed)[0]
+    if ATTENTION_TRAINING.trains(qkv, num_heads, scale, dropout_p):
+        return ATTENTION_TRAINING(qkv, num_heads, scale, dropout_p, draw_seed(qkv))[0]
     backend.ran("attention", "reference")
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return y.transpose(1, 2).flatten(2)
+
+
+def draw_seed(x: torch.Tensor) -> torch.Tensor:
+    """What one call's weights are dropped by, on x's device: a tensor, so that a CUDA graph draws it anew."""
+    return torch.randint(2**63 - 1, (2,), device=x.device)
 
 
 def attention_kv(
@@ -128,9 +136,6 @@ def table_key_kv(
     batch: int, m: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, op: str = "attention_kv"
 ) -> str:
     return tuning.key(op, dtype, b=tuning.bucket(batch), m=m, n=n, h=num_heads, d=head_dim)
-
-
-_SEEDS = 2**63 - 1
 
 
 class Arguments(NamedTuple):

@@ -11,7 +11,7 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._heads import refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops.attention import ATTENTION, ATTENTION_TRAINING
+from fastvr.ops.attention import ATTENTION_TRAINING, attend, draw_seed
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD
 from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
 from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype
@@ -34,6 +34,7 @@ def layernorm_attention(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """The first half of a pre-norm transformer block: LayerNorm, self-attention, LayerScale, stochastic depth
     and residual addition.
@@ -51,6 +52,7 @@ def layernorm_attention(
         residual: [B, N, out_features], any floating dtype; usually x itself.
         sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
             sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
+        dropout_p: of the attention weights, as :func:`fastvr.ops.attention.attention` takes it.
 
     Returns:
         [B, N, out_features] in the dtype that PyTorch's promotion of proj's result, gamma and residual gives.
@@ -76,8 +78,15 @@ def layernorm_attention(
             gamma=gamma,
             residual=residual,
             sample_scale=sample_scale,
+            dropout_p=dropout_p,
         )
     )
+
+
+def trains(x: torch.Tensor, **given: Any) -> bool:
+    """Whether :func:`layernorm_attention` would run as one op, for a gradient; where it would not, dropout's
+    random numbers are PyTorch's."""
+    return LAYERNORM_ATTENTION_TRAINING.trains(*checked(x, **given))
 
 
 def checked(
@@ -95,6 +104,7 @@ def checked(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Arguments:
     """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
     op = "layernorm_attention"
@@ -140,16 +150,17 @@ def checked(
         scale,
         float(eps),
         _check.sample_scale(op, sample_scale, x),
+        _check.probability(op, "dropout_p", dropout_p),
     )
 
 
 def run(a: Arguments) -> torch.Tensor:
     if LAYERNORM_ATTENTION_TRAINING.trains(*a):
-        return LAYERNORM_ATTENTION_TRAINING(*a)[0]
+        return LAYERNORM_ATTENTION_TRAINING(*(a._replace(seed=draw_seed(a.x)) if a.dropout_p > 0 else a))[0]
     narrow = None if a.qkv_weight.dtype == a.x.dtype else a.qkv_weight.dtype
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
     qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
-    attended = ATTENTION(qkv, a.num_heads, a.scale)
+    attended = attend(qkv, a.num_heads, a.scale, a.dropout_p)
     return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
 
 
@@ -167,6 +178,8 @@ class Arguments(NamedTuple):
     scale: float
     eps: float
     sample_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None  # with dropout_p, [2] int64
 
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -189,7 +202,7 @@ def kernel(a: Arguments) -> _Results:
             act="none",
             eps=a.eps,
         )
-    attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale)
+    attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale, a.dropout_p, a.seed)
     y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
     return y, qkv, attended, lse, moments
 
@@ -214,13 +227,14 @@ def fake(a: Arguments, device: str | None = None) -> _Results:
 def unsupported(a: Arguments) -> str | None:
     if 0 in a.qkv_weight.shape:
         return "x has no features"
-    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a)
+    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a[:-1])
 
 
 def _measured(a: Arguments) -> str:
     batch, n, features = a.x.shape
     width = a.proj_weight.shape[1]
     sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads, "k": features}
+    sizes |= {"drop": 1} if a.dropout_p > 0 else {}
     key = tuning.key("layernorm_attention_training", a.qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -240,7 +254,7 @@ _BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_ATTENTION:
-        saves |= {"proj_weight", "gamma", "sample_scale", 1, 2, 3}
+        saves |= {"proj_weight", "gamma", "sample_scale", "seed", 1, 2, 3}
     if needs & _NORM:
         saves |= {"x", "ln_weight", "qkv_weight"}
     if "qkv_weight" in needs:
@@ -276,7 +290,8 @@ def backward(
         found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma, a.sample_scale)
     if needs & _BEFORE_ATTENTION:
         of_attended = input_gradient(branch, a.proj_weight, a.gamma, a.sample_scale)
-        dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, a.num_heads, a.scale)
+        numbers = (a.num_heads, a.scale, a.dropout_p, a.seed)
+        dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, *numbers)
         rows = as_rows(dqkv)
         if "qkv_weight" in needs:
             norm = Norm(a.ln_weight, a.ln_bias, moments)
@@ -298,7 +313,7 @@ LAYERNORM_ATTENTION_TRAINING = Op(
     "layernorm_attention_training",
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
     "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps, "
-    "Tensor? sample_scale=None",
+    "Tensor? sample_scale=None, float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=kernel,
     reference=reference_training,

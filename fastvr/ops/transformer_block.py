@@ -15,6 +15,7 @@ import torch
 from fastvr import tuning
 from fastvr.ops import layernorm_attention, layernorm_mlp
 from fastvr.ops._op import Cost, Gradient, Op
+from fastvr.ops.attention import draw_seed
 from fastvr.ops.linear import LINEAR, result_dtype
 from fastvr.reference.layernorm_attention import layernorm_attention_training as attention_reference
 from fastvr.reference.layernorm_mlp import layernorm_mlp_training as mlp_reference
@@ -42,7 +43,8 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
         numbers = (first.num_heads, first.scale, first.eps, second.eps, second.act)
         args = (x, *_own(first), *_own(second), *numbers, first.sample_scale, second.sample_scale)
         if TRANSFORMER_BLOCK_TRAINING.trains(*args):
-            return TRANSFORMER_BLOCK_TRAINING(*args)[0]
+            dropout = (first.dropout_p, draw_seed(x)) if first.dropout_p > 0 else ()
+            return TRANSFORMER_BLOCK_TRAINING(*args, *dropout)[0]
     y = layernorm_attention.run(first)
     if y.dtype == x.dtype:
         return layernorm_mlp.LAYERNORM_MLP(*second._replace(x=y, residual=y))
@@ -79,6 +81,8 @@ class Arguments(NamedTuple):
     act: str
     attn_sample_scale: torch.Tensor | None = None
     mlp_sample_scale: torch.Tensor | None = None
+    attn_dropout_p: float = 0.0
+    attn_seed: torch.Tensor | None = None
 
 
 _Results = tuple[
@@ -88,7 +92,8 @@ _Results = tuple[
 
 def _attention(a: Arguments) -> layernorm_attention.Arguments:
     numbers = (a.num_heads, a.scale, a.attn_eps)
-    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, *numbers, a.attn_sample_scale)
+    drops = (a.attn_sample_scale, a.attn_dropout_p, a.attn_seed)
+    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, *numbers, *drops)
 
 
 def _mlp(a: Arguments, between: torch.Tensor) -> layernorm_mlp.Arguments:
@@ -121,6 +126,7 @@ def _unsupported(a: Arguments) -> str | None:
 def _measured(a: Arguments) -> str:
     batch, n, features = a.x.shape
     sizes = {"n": n, "h": a.num_heads, "k": features, "hidden": a.mlp_fc1_weight.shape[0]}
+    sizes |= {"drop": 1} if a.attn_dropout_p > 0 else {}
     key = tuning.key("transformer_block_training", a.attn_qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -187,7 +193,8 @@ TRANSFORMER_BLOCK_TRAINING = Op(
     "Tensor attn_proj_weight, Tensor? attn_proj_bias, Tensor? attn_gamma, Tensor mlp_ln_weight, "
     "Tensor? mlp_ln_bias, Tensor mlp_fc1_weight, Tensor? mlp_fc1_bias, Tensor mlp_fc2_weight, "
     "Tensor? mlp_fc2_bias, Tensor? mlp_gamma, int num_heads, float scale, float attn_eps, float mlp_eps, "
-    "str act, Tensor? attn_sample_scale=None, Tensor? mlp_sample_scale=None",
+    "str act, Tensor? attn_sample_scale=None, Tensor? mlp_sample_scale=None, "
+    "float attn_dropout_p=0.0, Tensor? attn_seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

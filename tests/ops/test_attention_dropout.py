@@ -7,13 +7,17 @@ import math
 import pytest
 import torch
 from contract import DTYPES, GRID, randn, triton_forced
+from torch.utils.checkpoint import checkpoint
 
 import fastvr
 from fastvr import backend, tuning
 from fastvr.nn.attention import Attention
-from fastvr.ops.attention import ATTENTION_TRAINING, attention
+from fastvr.nn.block import Block
+from fastvr.ops.attention import ATTENTION_TRAINING, attention, draw_seed
+from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.reference import attention as reference
 from fastvr.reference import dropout
+from fastvr.reference.layernorm_attention import layernorm_attention as attention_reference
 from fastvr.testing import check_op
 
 pytest.importorskip("triton")
@@ -167,6 +171,63 @@ def test_elsewhere_pytorch_drops(device):
         torch.manual_seed(1)
         attention(qkv, HEADS, dropout_p=0.0)
         assert torch.equal(torch.rand(1), undropped)
+
+
+@pytest.mark.parametrize("wanted", [None, ("qkv_bias",), ("proj_weight",)], ids=str)
+def test_in_half_a_block(wanted, device):
+    given = {
+        "x": randn(2, 20, 64, device=device),
+        "ln_weight": randn(64, device=device),
+        "ln_bias": randn(64, device=device),
+        "qkv_weight": randn(192, 64, device=device) / 8,
+        "qkv_bias": randn(192, device=device),
+        "proj_weight": randn(64, 64, device=device) / 8,
+        "proj_bias": randn(64, device=device),
+    }
+    for name, value in given.items():
+        value.requires_grad_(wanted is None or name in wanted)
+
+    def ours(x, **rest):
+        torch.manual_seed(5)
+        return layernorm_attention(x, **rest, num_heads=HEADS, residual=x, dropout_p=0.3)
+
+    def eager(x, **rest):
+        torch.manual_seed(5)
+        seed = draw_seed(x)
+        numbers = {"num_heads": HEADS, "scale": 32**-0.5, "eps": 1e-6, "dropout_p": 0.3, "seed": seed}
+        return attention_reference(x, **rest, gamma=None, residual=x, **numbers)
+
+    with triton_forced(), backend.observe() as ran:
+        check_op(ours, eager, given)
+    assert ran["layernorm_attention_training", "triton"] == 1
+
+
+def test_a_block_is_one_op_and_computed_again_the_same(device):
+    block = Block(64, HEADS, mlp_ratio=1, attn_drop=0.5, drop_path=0.5).to(device)
+    x, upstream, found = randn(3, 9, 64, device=device), randn(3, 9, 64, device=device), []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        torch.manual_seed(2)
+        block.zero_grad()
+        with triton_forced(), backend.observe() as ran, torch.autocast(device.type, torch.bfloat16):
+            run(x).backward(upstream)
+        found.append([p.grad for p in block.parameters()])
+    assert ran["transformer_block_training", "triton"] == 2
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rates", [{"attn_drop": 0.4}, {"attn_drop": 0.4, "drop_path": 0.5}], ids=str)
+def test_without_kernels_a_block_draws_what_timms_does(rates, device):
+    from timm.models.vision_transformer import Block as Timms
+
+    theirs, x = Timms(64, HEADS, qkv_bias=True, **rates).to(device), randn(4, 9, 64, device=device)
+    ours = Block(64, HEADS, **rates).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    for block in (theirs, ours):
+        torch.manual_seed(6)
+        with fastvr.use_backend("reference"):
+            found.append((block(x), torch.rand(1)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_in_a_module(device):

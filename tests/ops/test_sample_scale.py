@@ -7,6 +7,7 @@ import torch
 from contract import DTYPES, assert_compiles, assert_order_does_not_matter, randn, triton_forced
 
 from fastvr import backend, tuning
+from fastvr.ops.attention import draw_seed
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear
@@ -133,8 +134,10 @@ def test_rows_are_samples(device):
     check_half("mlp", of_half("mlp", torch.float32, device, rows=(5,)))
 
 
-@pytest.mark.parametrize("without", [(), ("gamma",)], ids=str)
-def test_a_block_under_autocast(without, device):
+@pytest.mark.parametrize(
+    ("without", "dropout_p"), [((), 0.3), (("gamma",), 0.0)], ids=["dropout", "no gamma"]
+)
+def test_a_block_under_autocast(without, dropout_p, device):
     def inputs():
         given = {"x": randn(3, 9, D, device=device)}
         for half, names in (("attn_", ATTENTION), ("mlp_", MLP)):
@@ -153,12 +156,16 @@ def test_a_block_under_autocast(without, device):
 
     def ours(**given):
         attention, mlp = halves(given)
+        attention |= {"num_heads": HEADS, "dropout_p": dropout_p}
+        torch.manual_seed(5)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            return transformer_block(given["x"], attention | {"num_heads": HEADS}, mlp)
+            return transformer_block(given["x"], attention, mlp)
 
     def eager(**given):
         attention, mlp = halves(given)
         wide, numbers = given["x"].dtype, {"num_heads": HEADS, "scale": 32**-0.5, "eps": 1e-6}
+        torch.manual_seed(5)
+        numbers |= {"dropout_p": dropout_p, "seed": draw_seed(given["x"])} if dropout_p else {}
         narrow = torch.bfloat16 if wide == torch.float32 else wide
 
         def cast(half):
