@@ -60,6 +60,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} proj", **size, k=dim, n=dim, residual=True),
             Case.of("linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+            Case.of("linear", f"{name} proj drop path", **size, k=dim, n=dim, residual=True, drop_path=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
         "linear_stats": [
@@ -70,7 +71,14 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
         ],
-        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION},
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION[:1]},
+        **{
+            op: [
+                Case.of(op, name, **size, heads=dim // 64, head_dim=64),
+                Case.of(op, f"{name} dropout", **size, heads=dim // 64, head_dim=64, dropout=0.1),
+            ]
+            for op in ATTENTION[1:]
+        },
         **{
             op: [Case.of(op, f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)]
             for op in ATTENTION_KV
@@ -96,8 +104,22 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
                 ("fc1", dim, 4 * dim, True),
                 ("fc2", 4 * dim, dim, False),
             )
+        ]
+        + [
+            Case.of(
+                "linear_weight_backward",
+                f"{name} fc2 drop path",
+                **size,
+                k=4 * dim,
+                n=dim,
+                norm=False,
+                drop_path=True,
+            )
         ],
-        "linear_act_backward": [Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim)],
+        "linear_act_backward": [
+            Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim),
+            Case.of("linear_act_backward", f"{name} fc2 drop path", **size, k=4 * dim, n=dim, drop_path=True),
+        ],
     }
 
 

@@ -28,7 +28,7 @@ _KINDS: _Kinds = {
         {"act": "none"},
         {"act": "gelu", "gamma": True, "residual": True},
         {"act": "relu", "bias": False, "residual": True},
-        {"act": "gelu_tanh"},
+        {"act": "gelu_tanh", "drop_path": True},
         {"act": "quick_gelu"},
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
@@ -56,12 +56,17 @@ _KINDS: _Kinds = {
     ],
     "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
     **dict.fromkeys(BLOCK, _HEADS),
-    "linear_weight_backward": [{"norm": True}, {"norm": False}, {"norm": False, "bias": False}],
+    "linear_weight_backward": [
+        {"norm": True},
+        {"norm": False},
+        {"norm": False, "bias": False},
+        {"norm": False, "drop_path": True},
+    ],
     "linear_act_backward": [
         {"act": "gelu"},
         {"act": "gelu_tanh"},
         {"act": "quick_gelu"},
-        {"act": "relu"},
+        {"act": "relu", "drop_path": True},
     ],
     "conv_bn_relu": [
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from fastvr.accelerate.swap import Accelerated, ordinary, takes, unobserved
 from fastvr.nn.attention import Attention
+from fastvr.nn.block import DropPath
 from fastvr.nn.mlp import Mlp, QuickGELU
-from fastvr.nn.plain import idle, join, layer_norm, plain, plain_norm
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear
@@ -30,8 +32,9 @@ GAMMA = {
     f"{_REGISTERS}LayerScale": "lambda1",
     "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": "lambda1",
 }
+_TIMMS_DROP_PATH = "timm.layers.drop.DropPath"
 _DROP_PATHS = {
-    "timm.layers.drop.DropPath",
+    _TIMMS_DROP_PATH,
     "transformers.models.dinov2.modeling_dinov2.Dinov2DropPath",
     f"{_REGISTERS}DropPath",
     "transformers.models.dinov3_vit.modeling_dinov3_vit.Dinov3ViTDropPath",
@@ -86,6 +89,13 @@ def passes(drop: nn.Module | None) -> bool:
     return not drop.training or getattr(drop, "drop_prob", None) in (0, None)
 
 
+def _draws(drop: nn.Module | None) -> DrawScale | None:
+    """How timm's DropPath draws, where nobody observes it; other libraries draw in other ways."""
+    if drop is None or path_of(type(drop)) != _TIMMS_DROP_PATH or not plain(drop, type(drop)):
+        return None
+    return functools.partial(DropPath.sample_scale, drop) if drop.scale_by_keep else None  # type: ignore[arg-type]
+
+
 def residual_branch(
     x: torch.Tensor,
     norm: nn.Module | None,
@@ -110,6 +120,9 @@ def residual_branch(
     if branch is not None:
         if not isinstance(scale, nn.Module) and passes(drop):
             return branch(x, norm, gamma, x)  # type: ignore[no-any-return]
+        draw = _draws(drop)
+        if draw is not None and not isinstance(scale, nn.Module) and isinstance(module, (Attention, Mlp)):
+            return module.branch(x, norm, gamma, x, draw)
         y = branch(x, norm, gamma)
     else:
         normed = x if norm is None else layer_norm(norm, x)
@@ -187,11 +200,12 @@ class FastMlp(Accelerated, Mlp):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
         if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+            y = self.own_forward(x if norm is None else layer_norm(norm, x))
+            return join(y, gamma, residual, drawn(drop_path, y))
+        return super().branch(x, norm, gamma, residual, drop_path)
 
 
 class FeedForward:
@@ -226,11 +240,12 @@ class PackedAttention(Accelerated, Attention):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
         if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+            y = self.own_forward(x if norm is None else layer_norm(norm, x))
+            return join(y, gamma, residual, drawn(drop_path, y))
+        return super().branch(x, norm, gamma, residual, drop_path)
 
 
 class SplitAttention(Accelerated):

@@ -10,7 +10,7 @@ from torch import nn
 from fastvr.accelerate.blocks import fusable, joined, ordinary_linear
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.glu import GluMlp
-from fastvr.nn.plain import idle, join, layer_norm, plain
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, plain
 from fastvr.ops.linear import linear
 from fastvr.ops.swiglu import swiglu
 
@@ -39,11 +39,12 @@ class FastGlu(Accelerated, GluMlp):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
         if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+            y = self.own_forward(x if norm is None else layer_norm(norm, x))
+            return join(y, gamma, residual, drawn(drop_path, y))
+        return super().branch(x, norm, gamma, residual, drop_path)
 
 
 class SplitGlu(Accelerated):
@@ -82,13 +83,15 @@ class SplitGlu(Accelerated):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * mlp(norm(x))``."""
+        """``residual + drop_path(gamma * mlp(norm(x)))``."""
         if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
+            y = self.own_forward(x if norm is None else layer_norm(norm, x))
+            return join(y, gamma, residual, drawn(drop_path, y))
         gate, value, output = self._linears()
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=True)
         x = swiglu(linear(x, *joined(gate, value)))
-        return linear(x, output.weight, output.bias, gamma=gamma, residual=residual)
+        scale = drawn(drop_path, x)
+        return linear(x, output.weight, output.bias, gamma=gamma, residual=residual, sample_scale=scale)

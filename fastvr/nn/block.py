@@ -10,8 +10,9 @@ from torch import nn
 from fastvr.nn.attention import Attention
 from fastvr.nn.glu import GluMlp
 from fastvr.nn.mlp import Mlp
-from fastvr.nn.plain import idle, layer_norm, plain, plain_norm
+from fastvr.nn.plain import DrawScale, drawn, idle, layer_norm, plain, plain_norm
 from fastvr.ops.transformer_block import transformer_block
+from fastvr.reference.linear import scale_samples
 
 
 class LayerScale(nn.Module):
@@ -27,19 +28,23 @@ class LayerScale(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., 2016): in training a sample's branch is zero with ``drop_prob``, and
-    the others are scaled so that the mean stays."""
+    the others are scaled so that the mean stays. A seed drops the samples that timm's DropPath drops."""
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scale_samples(x, self.sample_scale(x))
+
+    def sample_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What x's samples are multiplied by, drawn anew: [x.shape[0]], float32 (float64 for float64); None
+        where nothing is dropped."""
         if not self.training or self.drop_prob == 0:
-            return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)
-        if self.drop_prob < 1:
-            keep = keep / (1 - self.drop_prob)
-        return x * keep
+            return None
+        keep_prob, dtype = 1 - self.drop_prob, torch.promote_types(x.dtype, torch.float32)
+        keep = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep_prob)
+        return keep.div_(keep_prob) if keep_prob > 0 else keep
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -50,7 +55,8 @@ class Block(nn.Module):
 
     Pre-norm (``norm_first``): ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Post-norm:
     ``norm1(x + attn(x))``, then ``norm2(x + mlp(x))``, as ``nn.TransformerEncoderLayer`` has it by default.
-    Where nothing inside is observed, replaced or dropping, a pre-norm block is six launches.
+    Where nothing inside is observed, replaced or dropping (whole branches apart), a pre-norm block is six
+    launches.
 
     Args:
         dim: width of the tokens.
@@ -109,25 +115,27 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, D] to [B, N, D]."""
         if self.norm_first:
-            if (halves := self._halves()) is not None:
+            if (halves := self._halves(x)) is not None:
+                for half, drop_path in zip(halves, (self.drop_path1, self.drop_path2), strict=True):
+                    half["sample_scale"] = drawn(_draws(drop_path), x)
                 return transformer_block(x, *halves)
             x = _branch(self.attn, x, self.norm1, self.ls1, self.drop_path1)
             return _branch(self.mlp, x, self.norm2, self.ls2, self.drop_path2)
         x = layer_norm(self.norm1, _branch(self.attn, x, None, self.ls1, self.drop_path1))
         return layer_norm(self.norm2, _branch(self.mlp, x, None, self.ls2, self.drop_path2))
 
-    def _halves(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The arguments of both halves, where they may run as one op: nothing inside is observed, replaced or
-        dropping."""
+    def _halves(self, x: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The arguments of both halves but sample_scale, where they may run as one op: nothing inside is
+        observed, replaced or dropping but whole branches."""
         attn, mlp = self.attn, self.mlp
         if not (
             plain(attn, Attention)
             and plain(mlp, Mlp)
             and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (self.ls1, self.ls2))
-            and all(_passes(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
+            and all(_known(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
         ):
             return None
-        first = attn.fused(self.norm1, _gamma(self.ls1))
+        first = attn.fused(self.norm1, _gamma(self.ls1), x)
         second = mlp.fused(self.norm2, _gamma(self.ls2))
         return None if first is None or second is None else (first, second)
 
@@ -135,8 +143,8 @@ class Block(nn.Module):
         """``block(x)[:, 0]``, [B, N, D] to [B, D]: where only the class token is read.
 
         Every token's keys and values are needed, but only this one's query, projection and MLP. Where
-        something inside is observed, replaced or dropping (the random numbers would be others) the whole
-        block runs.
+        something inside is observed, replaced or dropping (the random numbers would be others, but for whole
+        branches) the whole block runs.
         """
         attn, mlp = self.attn, self.mlp
         if not (
@@ -147,17 +155,17 @@ class Block(nn.Module):
             and mlp.separable()
             and all(plain_norm(norm) for norm in (self.norm1, self.norm2))
             and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (self.ls1, self.ls2))
-            and all(_passes(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
+            and all(_known(drop_path) for drop_path in (self.drop_path1, self.drop_path2))
         ):
             y: torch.Tensor = self(x)
             return y[:, 0]
-        first = x[:, 0]
+        first, drop_paths = x[:, 0], [_draws(drop_path) for drop_path in (self.drop_path1, self.drop_path2)]
         if self.norm_first:
             x = layer_norm(self.norm1, x, for_matmul=True)
-            first = attn.first(x, _gamma(self.ls1), first)
-            return mlp.branch(first, self.norm2, _gamma(self.ls2), first)
-        first = layer_norm(self.norm1, attn.first(x, _gamma(self.ls1), first))
-        return layer_norm(self.norm2, mlp.branch(first, None, _gamma(self.ls2), first))
+            first = attn.first(x, _gamma(self.ls1), first, drop_paths[0])
+            return mlp.branch(first, self.norm2, _gamma(self.ls2), first, drop_paths[1])
+        first = layer_norm(self.norm1, attn.first(x, _gamma(self.ls1), first, drop_paths[0]))
+        return layer_norm(self.norm2, mlp.branch(first, None, _gamma(self.ls2), first, drop_paths[1]))
 
 
 def _branch(
@@ -167,8 +175,8 @@ def _branch(
     gamma = _gamma(scale)
     scaled = gamma is not None or plain(scale, nn.Identity)
     if scaled and (plain(module, Attention) or plain(module, Mlp) or plain(module, GluMlp)):
-        if _passes(drop_path):
-            return module.branch(x, norm, gamma, residual=x)
+        if _known(drop_path):
+            return module.branch(x, norm, gamma, x, _draws(drop_path))
         y = module.branch(x, norm, gamma)
     else:
         y = scale(module(x if norm is None else layer_norm(norm, x)))
@@ -180,8 +188,10 @@ def _gamma(scale: nn.Module) -> torch.Tensor | None:
     return scale.gamma if plain(scale, LayerScale) else None
 
 
-def _passes(drop_path: nn.Module) -> bool:
-    """Whether ``drop_path`` passes its input on as it is, and nobody observes it."""
-    if plain(drop_path, DropPath):
-        return not (drop_path.training and drop_path.drop_prob > 0)
-    return idle(drop_path)
+def _known(drop_path: nn.Module) -> bool:
+    """Whether ``drop_path`` multiplies samples or does nothing, and nobody observes it."""
+    return plain(drop_path, DropPath) or idle(drop_path)
+
+
+def _draws(drop_path: nn.Module) -> DrawScale | None:
+    return drop_path.sample_scale if isinstance(drop_path, DropPath) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain
 from fastvr.ops.linear import linear as linear_op
 from fastvr.ops.swiglu import swiglu
 
@@ -50,8 +50,9 @@ class GluMlp(nn.Module):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * mlp(norm(x))``, in as few launches as the modules' state allows."""
+        """``residual + drop_path(gamma * mlp(norm(x)))``, in as few launches as the modules' state allows."""
         fc2 = self.fc2
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.fc1, nn.Linear))
@@ -63,5 +64,7 @@ class GluMlp(nn.Module):
             x = self.act(gate) * value
         x = self.drop1(x)
         if plain(fc2, nn.Linear) and idle(self.drop2):
-            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual)
-        return join(self.drop2(linear(fc2, x)), gamma, residual)
+            scale = drawn(drop_path, x)
+            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual, sample_scale=scale)
+        y = self.drop2(linear(fc2, x))
+        return join(y, gamma, residual, drawn(drop_path, y))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear as linear_op
 
@@ -94,10 +94,11 @@ class Mlp(nn.Module):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * mlp(norm(x))``, in as few launches as the modules' state allows."""
+        """``residual + drop_path(gamma * mlp(norm(x)))``, in as few launches as the modules' state allows."""
         if norm is not None and (fused := self.fused(norm, gamma)) is not None:
-            return layernorm_mlp(x, **fused, residual=residual)
+            return layernorm_mlp(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
         fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(fc1, nn.Linear))
@@ -107,8 +108,10 @@ class Mlp(nn.Module):
             x = self.act(linear(fc1, x))
         x = self.drop1(x)
         if plain(fc2, nn.Linear) and idle(self.drop2):
-            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual)
-        return join(self.drop2(linear(fc2, x)), gamma, residual)
+            scale = drawn(drop_path, x)
+            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual, sample_scale=scale)
+        y = self.drop2(linear(fc2, x))
+        return join(y, gamma, residual, drawn(drop_path, y))
 
 
 def fused_name(act: nn.Module) -> str | None:

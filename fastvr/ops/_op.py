@@ -73,7 +73,8 @@ class Op(Generic[_Result]):
 
     Args:
         name: what it is called everywhere: ``fastvr.ops.<name>``, ``torch.ops.fastvr.<name>``.
-        parameters: the parameters of its ``torch.library`` schema, without defaults.
+        parameters: the parameters of its ``torch.library`` schema, without defaults (with ``gradient`` or
+            ``differentiable=False`` the last may have some; ``arguments`` and ``reference`` have them too).
         arguments: a NamedTuple of the schema's arguments, in order; what follows takes one, except
             ``reference``, which takes them one by one.
         kernel: allocates with :func:`fastvr.backend.empty`, launches Triton kernels, returns the result.

@@ -1,4 +1,4 @@
-"""y = residual + gamma * act(x @ weight.T + bias)."""
+"""y = residual + sample_scale * gamma * act(x @ weight.T + bias)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     return x
 
 
+def scale_samples(y: torch.Tensor, sample_scale: torch.Tensor | None) -> torch.Tensor:
+    """y [samples * n, ...] with each sample times its factor, [samples], in y's dtype."""
+    if sample_scale is None:
+        return y
+    samples = sample_scale.shape[0]
+    rows = y.reshape(samples, y.numel() // max(samples, 1))
+    return (rows * sample_scale.to(y.dtype)[:, None]).view(y.shape)
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -34,10 +43,12 @@ def linear(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     act: str = "none",
+    sample_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = activate(F.linear(x, weight, bias), act)
     if gamma is not None:
         y = y * gamma
+    y = scale_samples(y, sample_scale)
     if residual is None:
         return y
     # y is nobody else's either
