@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
-from fastvr.models._other_names import RESNET_NAMES
+from fastvr.models._other_names import RESNET_ABSENT, RESNET_NAMES
 from fastvr.nn.head import classify_map
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
@@ -36,7 +36,7 @@ class ResNet(Model):
         global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
     """
 
-    other_names = RESNET_NAMES
+    other_names, absent = RESNET_NAMES, RESNET_ABSENT
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.models._model import Model, check_image
-from fastvr.models._other_names import VIT_NAMES
+from fastvr.models._other_names import VIT_ABSENT, VIT_NAMES
 from fastvr.models.positions import resample
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
@@ -56,7 +56,7 @@ class ViT(Model):
         ValueError: values that do not fit together; the message names the argument.
     """
 
-    other_names = VIT_NAMES
+    other_names, absent = VIT_NAMES, VIT_ABSENT
 
     def __init__(
         self,
