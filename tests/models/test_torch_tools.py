@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from observed import assert_same, observe
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -84,27 +85,6 @@ def test_gradients_of_functions(tiny_vit, images) -> None:
     assert_parity(found, actual, exact, kind="gradient", sample_dim=None)
 
 
-Seen = dict[tuple[str, str], list[torch.Tensor]]
-
-
-def _observe(model: nn.Module) -> tuple[Seen, list[Any]]:
-    """What hooks of every kind on every module see, by (module, kind)."""
-    seen: Seen = {}
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-
-        def note(kind: str, value: Any, name: str = name) -> None:
-            value = value[0] if isinstance(value, tuple) else value
-            seen.setdefault((name, kind), []).append(value.detach().clone())
-
-        handles += [
-            module.register_forward_pre_hook(lambda _, args, note=note: note("input", args)),
-            module.register_forward_hook(lambda _, __, out, note=note: note("output", out)),
-            module.register_full_backward_hook(lambda _, __, grads, note=note: note("gradient", grads)),
-        ]
-    return seen, handles
-
-
 def _out_of_place(model: nn.Module) -> nn.Module:
     """PyTorch's own condition for backward hooks."""
     for module in model.modules():
@@ -113,28 +93,28 @@ def _out_of_place(model: nn.Module) -> nn.Module:
     return model
 
 
+# what timm has besides, as identities
+_IDENTITIES = {"norm", "q_norm", "k_norm", "patch_drop", "head_drop", "attn_drop", "fc_norm", "norm_pre"}
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_hooks_see_what_timms_see(training, tiny_vit, tiny_timm, images) -> None:
-    """Every hook once a call with the same values and gradients; without them everything is fused again."""
+    """Every hook as often, with the same values and gradients; without them everything is fused again."""
     theirs, model, x = tiny_timm().train(training), tiny_vit().train(training), images()
     model.load_state_dict(theirs.state_dict())
+    truth = truth_model(theirs).train(training)
     with fastvr.use_backend("reference"):
         with backend.observe() as before:
             model(x)  # hooks may come after a call
-        (expected, _), (seen, handles) = _observe(theirs), _observe(model)
-        for each in (theirs, model):
-            each(x).square().mean().backward()
-        common = expected.keys() & seen.keys()
-        # what fastvr has no modules for is an identity in timm
-        assert {name.rpartition(".")[2] for name, _ in expected.keys() - common} <= {
-            *("norm", "q_norm", "k_norm", "patch_drop", "head_drop", "attn_drop", "fc_norm", "norm_pre"),
-        }
-        assert len(common) > 100
-        for key in common:
-            assert len(seen[key]) == len(expected[key]) == 1, key
-            torch.testing.assert_close(seen[key], expected[key], rtol=1e-3, atol=1e-5)
-        for handle in handles:
-            handle.remove()
+        seen = observe(model, lambda m: m(x))
+        expected, exact = observe(theirs, lambda m: m(x)), observe(truth, lambda m: m(x.double()))
+        for ours, eager, true in zip(seen, expected, exact, strict=True):
+            for key in eager.keys() ^ ours.keys():
+                assert key.partition(":")[0].rpartition(".")[2] in _IDENTITIES
+                for each in (ours, eager, true):
+                    each.pop(key, None)
+        assert len(seen[0]) > 60
+        assert_same(seen, expected, exact)
         with backend.observe() as after:
             model(x)
     assert after == before
@@ -142,23 +122,21 @@ def test_hooks_see_what_timms_see(training, tiny_vit, tiny_timm, images) -> None
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_hooks_in_a_resnet_are_called_once_a_call(kind, training, tiny, images) -> None:
-    """With every value that the modules themselves make of what they were given."""
+def test_hooks_in_a_resnet_see_what_its_modules_compute(kind, training, tiny, images) -> None:
     model, x = _out_of_place(tiny(kind)).train(training), images(4)
     with fastvr.use_backend("reference"):
         with backend.observe() as before:
             model(x)
         modules = copy.deepcopy(dict(model.named_modules()))
-        seen, handles = _observe(model)
-        model(x).square().mean().backward()
+        values, gradients = observe(model, lambda m: m(x))
         for name, module in modules.items():
-            times = (2 if kind == "basic" else 3) if name.endswith("0.relu") else 1
-            assert [len(seen[name, how]) for how in ("input", "output", "gradient")] == [times] * 3, name
-            if next(module.children(), None) is None:
-                for given, made in zip(seen[name, "input"], seen[name, "output"], strict=True):
-                    torch.testing.assert_close(module(given), made)
-        for handle in handles:
-            handle.remove()
+            # a block's own is called behind each of its convolutions
+            calls = (2 if kind == "basic" else 3) if name.endswith("0.relu") else 1
+            for i in range(calls):
+                assert f"{name}: gradient {i}" in gradients
+                if next(module.children(), None) is None:
+                    assert torch.equal(module(values[f"{name}: input {i}"]), values[f"{name}: output {i}"])
+            assert not {f"{name}: input {calls}", f"{name}: gradient {calls}"} & {*values, *gradients}
         with backend.observe() as after:
             model(x)
     assert after == before
