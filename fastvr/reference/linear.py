@@ -10,8 +10,7 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def overwritable(y: torch.Tensor) -> bool:
-    """Whether ``y``, which is nobody else's, may be written over: where a compiler or an exporter traces, a
-    decomposition has to be functional."""
+    """Whether ``y``, which is nobody else's, may be written over: what exporters trace has to be functional."""
     return type(y) is torch.Tensor
 
 
