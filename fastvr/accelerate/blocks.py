@@ -116,6 +116,22 @@ def residual_branch(
     return result
 
 
+def _own_or_fused_branch(
+    module: Any,
+    x: torch.Tensor,
+    norm: nn.Module | None = None,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual + gamma * module(norm(x))`` of an MLP or attention, by the class of fastvr's that it is
+    taken for."""
+    if module.separate():
+        normed = x if norm is None else layer_norm(norm, x)
+        return join(module.own_forward(normed), gamma, residual)
+    fused: torch.Tensor = type(module)._fastvr_accelerates.branch(module, x, norm, gamma, residual)
+    return fused
+
+
 def attend(
     x: torch.Tensor,
     norm: nn.Module | None,
@@ -167,17 +183,7 @@ class FastMlp(Accelerated, Mlp):
             return y
         return super().branch(x)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+    branch = _own_or_fused_branch
 
 
 class FeedForward:
@@ -203,17 +209,7 @@ class PackedAttention(Accelerated, Attention):
         dropping = self.training and getattr(self.attn_drop, "p", 0) > 0
         return dropping or not idle(self.attn_drop) or not ordinary_linear(self.qkv, self.proj)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+    branch = _own_or_fused_branch
 
 
 class SplitAttention(Accelerated):

@@ -10,7 +10,7 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def overwritable(y: torch.Tensor) -> bool:
-    """Whether ``y``, which is nobody else's, may be written over: what exporters trace has to be functional."""
+    """Whether ``y``, which is nobody else's, may be written over; what exporters trace is functional."""
     return type(y) is torch.Tensor
 
 
