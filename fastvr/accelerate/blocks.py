@@ -133,6 +133,23 @@ def residual_branch(
     return result
 
 
+def own_or_fused_branch(
+    module: Any,
+    x: torch.Tensor,
+    norm: nn.Module | None = None,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    drop_path: DrawScale | None = None,
+) -> torch.Tensor:
+    """``residual + drop_path(gamma * module(norm(x)))`` of an MLP or attention, by the class of fastvr's that
+    it is taken for."""
+    if module.separate():
+        y = module.own_forward(x if norm is None else layer_norm(norm, x))
+        return join(y, gamma, residual, drawn(drop_path, y))
+    fused: torch.Tensor = type(module)._fastvr_accelerates.branch(module, x, norm, gamma, residual, drop_path)
+    return fused
+
+
 def attend(
     x: torch.Tensor,
     norm: nn.Module | None,
@@ -194,18 +211,7 @@ class FastMlp(Accelerated, Mlp):
             return y
         return super().branch(x)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        drop_path: DrawScale | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            y = self.own_forward(x if norm is None else layer_norm(norm, x))
-            return join(y, gamma, residual, drawn(drop_path, y))
-        return super().branch(x, norm, gamma, residual, drop_path)
+    branch = own_or_fused_branch
 
 
 class FeedForward:
@@ -234,18 +240,7 @@ class PackedAttention(Accelerated, Attention):
         dropping = self.training and getattr(self.attn_drop, "p", 0) > 0
         return dropping or not idle(self.attn_drop) or not ordinary_linear(self.qkv, self.proj)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        drop_path: DrawScale | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            y = self.own_forward(x if norm is None else layer_norm(norm, x))
-            return join(y, gamma, residual, drawn(drop_path, y))
-        return super().branch(x, norm, gamma, residual, drop_path)
+    branch = own_or_fused_branch
 
 
 class SplitAttention(Accelerated):

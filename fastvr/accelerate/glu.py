@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import fusable, joined, ordinary_linear
+from fastvr.accelerate.blocks import fusable, joined, ordinary_linear, own_or_fused_branch
 from fastvr.accelerate.swap import Accelerated, takes
 from fastvr.nn.glu import GluMlp
 from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, plain
@@ -33,18 +33,7 @@ class FastGlu(Accelerated, GluMlp):
             return y
         return super().branch(x)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        drop_path: DrawScale | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            y = self.own_forward(x if norm is None else layer_norm(norm, x))
-            return join(y, gamma, residual, drawn(drop_path, y))
-        return super().branch(x, norm, gamma, residual, drop_path)
+    branch = own_or_fused_branch
 
 
 class SplitGlu(Accelerated):

@@ -37,6 +37,8 @@ class Model(nn.Module):
     _stride: int | None = None
     # what other libraries call an argument, and what it is called here
     other_names: ClassVar[Mapping[str, str]] = {}
+    # and what there is not here, with what holds instead
+    absent: ClassVar[Mapping[str, str]] = {}
     # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()
     _moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
@@ -44,6 +46,8 @@ class Model(nn.Module):
         for name in arguments:
             if (ours := cls.other_names.get(name)) is not None:
                 raise TypeError(f"{cls.__name__}: there is no argument {name!r}; it is called {ours} here")
+            if (instead := cls.absent.get(name)) is not None:
+                raise TypeError(f"{cls.__name__}: there is no argument {name!r}: {instead}")
         return super().__new__(cls)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
-from fastvr.models._other_names import RESNET_NAMES
+from fastvr.models._other_names import RESNET_ABSENT, RESNET_NAMES
 from fastvr.models.features import check_output_fmt, take_indices
 from fastvr.nn.head import classify_map, pool_map
 from fastvr.nn.plain import plain
@@ -37,7 +37,7 @@ class ResNet(Model):
         global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
     """
 
-    other_names = RESNET_NAMES
+    other_names, absent = RESNET_NAMES, RESNET_ABSENT
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvr.models._model import check_image
-from fastvr.models._other_names import VIT_NAMES
+from fastvr.models._other_names import VIT_ABSENT, VIT_NAMES
 from fastvr.models.positions import image_and_patch, resample
 from fastvr.models.vit_features import ViTFeatures
 from fastvr.nn.attention_pool import AttentionPoolLatent
@@ -62,7 +62,7 @@ class ViT(ViTFeatures):
         ValueError: values that do not fit together; the message names the argument.
     """
 
-    other_names = VIT_NAMES
+    other_names, absent = VIT_NAMES, VIT_ABSENT
 
     def __init__(
         self,

@@ -9,13 +9,18 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu")
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
+def overwritable(y: torch.Tensor) -> bool:
+    """Whether ``y``, which is nobody else's, may be written over; what exporters trace is functional."""
+    return type(y) is torch.Tensor
+
+
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh", "quick_gelu".
 
     x is nobody else's, and without gradients the result takes its place: on a CPU fresh memory costs more
     than the activation.
     """
-    inplace = not torch.is_grad_enabled()
+    inplace = overwritable(x) and not torch.is_grad_enabled()
     if act == "relu":
         return F.relu(x, inplace=inplace)
     if act in GELU:
@@ -52,4 +57,6 @@ def linear(
     if residual is None:
         return y
     # y is nobody else's either
-    return residual + y if torch.is_grad_enabled() or y.dtype != residual.dtype else y.add_(residual)
+    if torch.is_grad_enabled() or y.dtype != residual.dtype or not overwritable(y):
+        return residual + y
+    return y.add_(residual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -194,12 +195,33 @@ def test_positions_are_resampled_as_timm_does() -> None:
             "ViT: there is no argument 'image_size'; it is called img_size here",
         ),
         ("vit_tiny", {"hidden_dim": 32}, "called embed_dim here"),
+        ("vit_tiny", {"num_hidden_layers": 2}, "called depth here"),
+        ("vit_tiny", {"mlp_dim": 64}, r"called mlp_ratio \(over embed_dim\) here"),
+        ("vit_tiny", {"representation_size": 64}, "'representation_size': nothing lies between"),
         ("resnet50", {"base_width": 32}, "ResNet: .* called width_per_group here"),
+        ("resnet50", {"output_stride": 8}, "'output_stride': the stride is always 32"),
+        ("resnet50", {"weights": "DEFAULT"}, r"'weights': weights come with load_model\(path\)"),
     ],
 )
 def test_other_libraries_arguments_are_named(name, arguments, message) -> None:
     with pytest.raises(TypeError, match=message):
         fastvr.create_model(name, **arguments)
+
+
+def test_loading_and_presets_name_other_libraries_arguments_too() -> None:
+    state = fastvr.ViT(**SMALL_VIT).state_dict()
+    with pytest.raises(TypeError, match=r"ViT: .* 'image_size'; it is called img_size here"):
+        fastvr.load_model(state, num_heads=2, image_size=32)
+    with pytest.raises(TypeError, match=r"ResNet50: .* 'num_labels'; it is called num_classes here"):
+        fastvr.ResNet50(num_labels=2)
+
+
+@pytest.mark.parametrize("kind", [fastvr.ViT, fastvr.ResNet], ids=["vit", "resnet"])
+def test_no_argument_of_ours_is_refused_as_another_librarys(kind) -> None:
+    ours = set(inspect.signature(kind).parameters)
+    assert not ours & {*kind.other_names, *kind.absent}
+    # what a name is translated to is there, but for what stands behind it in brackets
+    assert {name.partition(" ")[0] for name in kind.other_names.values()} <= ours
 
 
 def test_list_and_find() -> None:
