@@ -154,6 +154,25 @@ def test_one_seed_one_result(device):
     assert not torch.equal(first[1], second[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_draws_anew_at_each_replay(device):
+    qkv = randn(2, 20, 3 * HEADS * 32, device=device)
+
+    def run():
+        return ATTENTION_TRAINING(qkv, HEADS, 0.2, 0.5, draw_seed(qkv))[0]
+
+    with triton_forced(), torch.no_grad():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+    found = []
+    for _ in range(2):
+        graph.replay()
+        found.append(y.clone())
+    assert not torch.equal(*found)
+
+
 def test_elsewhere_pytorch_drops(device):
     """Without kernels the stream is that of PyTorch's own attention; at 0 nothing is drawn."""
     qkv = randn(2, 20, 3 * HEADS * 32, device=device, requires_grad=True)
