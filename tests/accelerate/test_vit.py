@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import fastvr
+from fastvr import backend
 from fastvr.compare.traffic import count, eager_traffic
+from fastvr.testing import assert_parity, truth_model
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -171,6 +173,22 @@ def test_gradients(make, hold_gradients, images) -> None:
 def test_gradients_of_kernels(hold_gradients, images) -> None:
     ran = hold_gradients(_timm(depth=1, init_values=0.1), images, mode="triton")
     assert ran["attention_backward", "triton"] == ran["linear_act_backward", "triton"] == 1
+
+
+def test_drop_path_stays_within_the_launches(device) -> None:
+    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, init_values=0.3)
+    eager = block.to(device).train()
+    ours, exact, x = copy.deepcopy(eager), truth_model(eager), torch.randn(4, 9, 64, device=device)
+    fastvr.accelerate(ours)
+    upstream, found = torch.randn(4, 9, 64, device=device), []
+    for model, mode in ((ours, "triton"), (eager, "reference"), (exact, "reference")):
+        torch.manual_seed(3)
+        dtype = next(model.parameters()).dtype
+        with fastvr.use_backend(mode), backend.observe() as ran:
+            model(x.to(dtype)).backward(upstream.to(dtype))
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        assert mode == "reference" or ran["layernorm_mlp_training", "triton"] == 1
+    assert_parity(*found, kind="gradient", sample_dim=None)
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])

@@ -76,8 +76,9 @@ def test_drop_path_draws_what_timms_draws(dtype) -> None:
         assert torch.equal(ours_after, theirs_after)
 
 
-def test_training_with_drop_path_compiles(device) -> None:
-    block, x = Block(64, 2, mlp_ratio=1, drop_path=0.5).to(device), torch.randn(3, 5, 64, device=device)
+def test_training_with_drops_compiles(device) -> None:
+    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, attn_drop=0.3).to(device)
+    x = torch.randn(3, 5, 64, device=device)
     upstream, found = torch.randn(3, 5, 64, device=device), []
     with fastvr.use_backend("triton"):
         for model in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):

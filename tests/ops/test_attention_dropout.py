@@ -154,6 +154,25 @@ def test_one_seed_one_result(device):
     assert not torch.equal(first[1], second[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_draws_anew_at_each_replay(device):
+    qkv = randn(2, 20, 3 * HEADS * 32, device=device)
+
+    def run():
+        return ATTENTION_TRAINING(qkv, HEADS, 0.2, 0.5, draw_seed(qkv))[0]
+
+    with triton_forced(), torch.no_grad():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+    found = []
+    for _ in range(2):
+        graph.replay()
+        found.append(y.clone())
+    assert not torch.equal(*found)
+
+
 def test_elsewhere_pytorch_drops(device):
     """Without kernels the stream is that of PyTorch's own attention; at 0 nothing is drawn."""
     qkv = randn(2, 20, 3 * HEADS * 32, device=device, requires_grad=True)
@@ -204,7 +223,7 @@ def test_in_half_a_block(wanted, device):
 
 def test_a_block_is_one_op_and_computed_again_the_same(device):
     block = Block(64, HEADS, mlp_ratio=1, attn_drop=0.5, drop_path=0.5).to(device)
-    x, upstream, found = randn(3, 9, 64, device=device), randn(3, 9, 64, device=device), []
+    x, upstream, found = randn(2, 5, 64, device=device), randn(2, 5, 64, device=device), []
     for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
         torch.manual_seed(2)
         block.zero_grad()
@@ -236,12 +255,6 @@ def test_in_a_module(device):
         module(x).square().mean().backward()
     assert ran["attention_training", "triton"] == ran["attention_backward", "triton"] == 1
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with triton_forced():
-        torch.manual_seed(4)
-        expected = module(x)
-        torch.manual_seed(4)
-        assert torch.equal(compiled(x), expected)
 
 
 def test_operators(device):
