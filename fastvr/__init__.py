@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastvr import ops
 from fastvr.accelerate import accelerate, restore
 from fastvr.backend import BackendError, current_backend, use_backend
+from fastvr.models.features import Backbone
 from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from fastvr.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
@@ -16,6 +17,7 @@ from fastvr.weights.load import load_checkpoint
 from fastvr.weights.save import save_model
 
 __all__ = [
+    "Backbone",
     "BackendError",
     "CheckpointError",
     "PreparedModel",

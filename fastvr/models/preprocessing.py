@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -25,3 +25,14 @@ class Preprocessing(NamedTuple):
     def at(self, size: int) -> Preprocessing:
         """The same for images of another size."""
         return self._replace(size=size, resize=round(self.resize * size / self.size))
+
+    def for_timm(self) -> dict[str, Any]:
+        """As a part of timm's ``pretrained_cfg``."""
+        return {
+            "input_size": [len(self.mean), self.size, self.size],
+            "interpolation": self.interpolation,
+            "crop_pct": self.size / self.resize,
+            "crop_mode": "squash" if self.squash else "center",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }

@@ -10,10 +10,11 @@ from torch import nn
 
 from fastvr.models._model import Model, check_image
 from fastvr.models._other_names import RESNET_NAMES
-from fastvr.nn.head import classify_map
+from fastvr.models.features import check_output_fmt, take_indices
+from fastvr.nn.head import classify_map, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
-from fastvr.nn.stem import stem
+from fastvr.nn.stem import stem, stem_map
 
 
 class ResNet(Model):
@@ -37,6 +38,9 @@ class ResNet(Model):
     """
 
     other_names = RESNET_NAMES
+    default_out_indices: ClassVar[int | tuple[int, ...]] = (0, 1, 2, 3, 4)
+    _classifier = "fc"
+    _stride = 32
 
     def __init__(
         self,
@@ -67,6 +71,15 @@ class ResNet(Model):
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = 8 * width * block.expansion
+        # as timm's FeatureInfo takes them
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": width, "reduction": 2, "module": "relu"},
+            *(
+                {"num_chs": 2**i * width * block.expansion, "reduction": 4 * 2**i, "module": f"layer{i + 1}"}
+                for i in range(4)
+            ),
+        ]
+        self._first_conv = "conv1" if stem_width is None else "conv1.0"
 
         self.conv1: nn.Module
         if stem_width is None:
@@ -114,17 +127,94 @@ class ResNet(Model):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
+        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *self._image(x))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = self._run_stage(stage, x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What :meth:`forward_features` gives, and the maps of chosen stages; timm's method.
+
+        Args:
+            x: as for :meth:`forward`.
+            indices: 0 for the stem's map before it is pooled, 1 to 4 for the stages'; the last n, or these,
+                or (None) all.
+            norm: changes nothing: there is no last norm.
+            stop_early: run no stage behind the last of ``indices``; the features are then of that one.
+            output_fmt: "NCHW".
+            intermediates_only: without the features.
+
+        Returns:
+            (features, maps from the front), or the maps alone.
+
+        Raises:
+            ValueError: an argument that does not fit; the message names it.
+        """
+        taken = take_indices("ResNet", "indices", indices, len(self.feature_info))
+        check_output_fmt("ResNet", output_fmt, ("NCHW",))
+        maps: list[torch.Tensor] = []
+        if 0 in taken:
+            x = stem_map(self.conv1, self.bn1, self.relu, x, *self._image(x))
+            maps.append(x)
+            x = pool_map(self.maxpool, x)
+        else:
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *self._image(x))
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for i, stage in enumerate(stages[: max(taken)] if stop_early else stages, 1):
+            x = self._run_stage(stage, x)
+            if i in taken:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take off what :meth:`forward_intermediates` does not need for ``indices``; timm's method.
+
+        Args:
+            indices: as there.
+            prune_norm: changes nothing: there is no last norm.
+            prune_head: pooling and classifier too; they always go with the last stage.
+
+        Returns:
+            The indices, counted from the stem.
+
+        Raises:
+            ValueError: there are no such maps; the model stays as it was.
+        """
+        taken = take_indices("ResNet", "indices", indices, len(self.feature_info))
+        last = max(taken)
+        for name in ("layer1", "layer2", "layer3", "layer4")[last:]:
+            setattr(self, name, nn.Sequential().train(self.training))
+        if last == 0:
+            self.maxpool = nn.Identity().train(self.training)
+        if last < 4:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        self.changed()
+        return taken
+
+    def _image(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.dtype]:
+        """What the stem wants beside images ``x``: mean, deviation and dtype."""
         first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         dtype = check_image(self, x, None, first)
-        moments = self.image_moments(x, dtype)
-        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
-                for block in stage:
-                    x = self.run_block(block, x, block)
-            else:
-                x = run_stage(stage, x)
-        return x
+        return *self.image_moments(x, dtype), dtype
+
+    def _run_stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
+            for block in stage:
+                x = self.run_block(block, x, block)
+            return x
+        return run_stage(stage, x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the pooled features."""
@@ -134,9 +224,17 @@ class ResNet(Model):
             return torch.flatten(self.avgpool(x), 1)
         return classify_map(self.avgpool, self.fc, x)
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer, or an identity."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The last linear layer, or an identity; or its name."""
+        return "fc" if name_only else self.fc
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which layer a parameter belongs to, for layer-wise learning rates, as timm's optimisers read it:
+        the stem, each block (``coarse``: each stage), the classifier."""
+        return {
+            "stem": r"^(?:conv1|bn1|maxpool)",
+            "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)",
+        }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for ``num_classes`` (0: an identity); ``global_pool`` None leaves the pooling."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.models._model import Model, check_image
+from fastvr.models._model import check_image
 from fastvr.models._other_names import VIT_NAMES
-from fastvr.models.positions import resample
+from fastvr.models.positions import image_and_patch, resample
+from fastvr.models.vit_features import ViTFeatures
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
@@ -21,7 +21,7 @@ from fastvr.reference.image import normalize
 _POOLS = ("token", "avg", "")
 
 
-class ViT(Model):
+class ViT(ViTFeatures):
     """A Vision Transformer; the state-dict keys are those of timm's ``VisionTransformer``.
 
     ``norm_first=False, act="relu", norm_eps=1e-5`` is the kind that a plain ``nn.TransformerEncoder`` makes.
@@ -57,6 +57,9 @@ class ViT(Model):
     """
 
     other_names = VIT_NAMES
+    _first_conv = "patch_embed.proj"
+    _classifier: str | tuple[str, ...] = "head"
+    img_size: tuple[int, int]
 
     def __init__(
         self,
@@ -88,9 +91,7 @@ class ViT(Model):
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
-        image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
-        if image[0] % patch[0] or image[1] % patch[1]:
-            raise ValueError(f"ViT: img_size must be a multiple of patch_size {patch}; got {image}")
+        image, patch = image_and_patch(img_size, patch_size)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
         least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
@@ -184,46 +185,6 @@ class ViT(Model):
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the features before the head."""
         return self._classify(pool_tokens(x, self.global_pool, self.num_prefix_tokens), pre_logits)
 
-    def get_intermediate_layers(
-        self,
-        x: torch.Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list[Any]:
-        """Tokens after chosen blocks, as timm and DINOv2 give them.
-
-        Args:
-            x: as for :meth:`forward`.
-            n: the last ``n`` blocks, or the blocks with these indices.
-            reshape: [B, embed_dim, rows, columns] instead of [B, patches, embed_dim].
-            return_prefix_tokens: pairs of patches and prefix tokens.
-            norm: put every result through the last norm.
-        """
-        blocks = list(self.blocks.children())
-        if isinstance(n, int):
-            if not 0 < n <= len(blocks):
-                raise ValueError(f"ViT: n must be from 1 to the number of blocks, {len(blocks)}; got {n}")
-            wanted = set(range(len(blocks) - n, len(blocks)))
-        else:
-            if any(not -len(blocks) <= i < len(blocks) for i in n):
-                raise ValueError(f"ViT: n must hold indices of the {len(blocks)} blocks; got {list(n)}")
-            wanted = {i % len(blocks) for i in n}
-        results: list[Any] = []
-        grid = self._grid(x)
-        x = self._embed(x)
-        for i, block in enumerate(blocks[: max(wanted, default=-1) + 1]):
-            x = block(x)
-            if i not in wanted:
-                continue
-            tokens = layer_norm(self.norm, x) if norm else x
-            prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
-            if reshape:
-                patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-            results.append((patches, prefix) if return_prefix_tokens else patches)
-        return results
-
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an identity."""
         return self.head
@@ -248,9 +209,39 @@ class ViT(Model):
         self.head.train(self.training)
         self.changed()
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that optimisers leave without weight decay."""
-        return {"pos_embed", "cls_token", "reg_token"}
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size, or cut them into other patches; timm's method.
+
+        Positions are resampled (bicubic, antialiased, in float32), the embedding's weight by the
+        pseudo-inverse of such a resize. Both are then new parameters, of which no optimiser knows.
+
+        Args:
+            img_size, patch_size: one number or (height, width); None leaves it.
+
+        Raises:
+            ValueError: sizes that do not fit; the model stays as it was.
+        """
+        image, patch = image_and_patch(
+            self.img_size if img_size is None else img_size,
+            self.patch_size if patch_size is None else patch_size,
+        )
+        embed = self.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            kind = type(embed).__name__
+            raise ValueError(f"ViT: patch_embed must be a PatchEmbed to take another size; got {kind}")
+        embed.set_input_size(image, patch)
+        if embed.grid_size != self.grid_size:
+            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            positions = resample(self.pos_embed.detach(), self.grid_size, embed.grid_size, embedded)
+            self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.patch_size, self.grid_size = image, patch, embed.grid_size
+        if self.preprocessing is not None and image[0] == image[1]:
+            self.preprocessing = self.preprocessing.at(image[0])
+        self.changed()
 
     def check_image(self, x: torch.Tensor) -> torch.dtype:
         """Raise a ValueError where ``x`` is no image for this model; the dtype that it is embedded in."""
@@ -320,13 +311,6 @@ class ViT(Model):
     def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(layer_norm(self.fc_norm, x))
         return x if pre_logits else classify_tokens(self.head, x)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < 1:
-        raise ValueError(f"ViT: {name} must be one or two positive integers; got {value!r}")
-    return both
 
 
 def _check_pool(global_pool: str, class_token: bool) -> None:

@@ -91,7 +91,7 @@ def own_config(model: Model) -> dict[str, Any]:
     """
     how, described = model.preprocessing, describe(model)
     config: dict[str, Any] = {METADATA_KEY: described} if described else {}
-    return config if how is None else config | {"pretrained_cfg": preprocessing.for_timm(how)}
+    return config if how is None else config | {"pretrained_cfg": how.for_timm()}
 
 
 def _transformers_state(
