@@ -28,8 +28,6 @@ class Model(nn.Module):
     generation: int = 0
     in_chans: int
     num_classes: int
-    img_size: tuple[int, int] | None = None
-    """(height, width) of the images; None: any."""
     preprocessing: Preprocessing | None = None
     """How its images were prepared in training, where the checkpoint said so."""
     grad_checkpointing: bool = False
@@ -71,13 +69,15 @@ class Model(nn.Module):
         if how is None and self._moments is not None:
             known = {"mean": self._moments[0], "std": self._moments[1]}
         side = 224 if how is None else how.size
-        height, width = self.img_size or (side, side)
+        # a ViT's; a ResNet takes every size
+        fixed: tuple[int, int] | None = getattr(self, "img_size", None)
+        height, width = fixed or (side, side)
         stride = self._stride
         return {
             **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()},
             "num_classes": self.num_classes,
             "input_size": (self.in_chans, height, width),
-            "fixed_input_size": self.img_size is not None and not getattr(self, "dynamic_img_size", False),
+            "fixed_input_size": fixed is not None and not getattr(self, "dynamic_img_size", False),
             "pool_size": None if stride is None else (-(-height // stride), -(-width // stride)),
             "first_conv": self._first_conv,
             "classifier": self._classifier,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastvr.models._model import Model
+
 if TYPE_CHECKING:
     from fastvr.models.resnet import ResNet
     from fastvr.models.vit import ViT
@@ -104,13 +106,17 @@ class Backbone(nn.Module):
         norm: whether a ViT's features pass its last norm.
 
     Raises:
-        ValueError: ``out_indices`` that the model does not have; it stays as it was.
+        ValueError: another model, or ``out_indices`` that it does not have; it stays as it was.
     """
 
     def __init__(
         self, model: ViT | ResNet, out_indices: int | Sequence[int] | None = None, *, norm: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(model, Model):
+            raise ValueError(
+                f"Backbone: model must be a ViT or ResNet of fastvr's; got {type(model).__name__}"
+            )
         given = model.default_out_indices if out_indices is None else out_indices
         # counted from the front before anything is taken off
         taken = take_indices("Backbone", "out_indices", given, len(model.feature_info))

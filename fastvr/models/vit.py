@@ -59,7 +59,6 @@ class ViT(ViTFeatures):
     other_names = VIT_NAMES
     _first_conv = "patch_embed.proj"
     _classifier: str | tuple[str, ...] = "head"
-    img_size: tuple[int, int]
 
     def __init__(
         self,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from randomise import randomise
 from timm.data import resolve_model_data_config
 from timm.models import FeatureInfo, FeatureListNet
 from timm.models._features import FeatureGetterNet, FeatureHookNet
@@ -36,21 +39,27 @@ MODELS = VITS | RESNETS
 
 
 @pytest.fixture
-def pair(randomise):
+def pair() -> Callable[..., tuple[nn.Module, Any, torch.Tensor]]:
     """timm's model and ours of the same weights, and images for them."""
 
     def make(name: str, **overrides: Any) -> tuple[nn.Module, Any, torch.Tensor]:
-        arguments = {**MODELS[name], **overrides}
-        torch.manual_seed(0)
-        theirs = randomise(timm.create_model(name, **arguments)).eval()
-        ours = fastvr.create_model(name, **arguments).eval()
-        ours.load_state_dict(theirs.state_dict())
-        if name in RESNETS:
-            # ours lies so; PyTorch's convolutions round otherwise in another layout
-            theirs = theirs.to(memory_format=torch.channels_last)
+        theirs, ours = copy.deepcopy(build(name, **overrides))
         return theirs, ours, torch.randn(2, 3, *images_of(ours))
 
     return make
+
+
+@functools.cache
+def build(name: str, **overrides: Any) -> tuple[nn.Module, Any]:
+    arguments = {**MODELS[name], **overrides}
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model(name, **arguments)).eval()
+    ours = fastvr.create_model(name, **arguments).eval()
+    ours.load_state_dict(theirs.state_dict())
+    if name in RESNETS:
+        # ours lies so; PyTorch's convolutions round otherwise in another layout
+        theirs = theirs.to(memory_format=torch.channels_last)
+    return theirs, ours
 
 
 def images_of(model: Any) -> tuple[int, int]:
@@ -98,14 +107,19 @@ def test_intermediates_are_timms(name, pair) -> None:
 def test_a_backbone_is_timms(name, pair) -> None:
     theirs, ours, x = pair(name)
     for out_indices in (None, (0, 2), [1, -1], 1):
-        given = {} if out_indices is None else {"out_indices": out_indices}
-        given |= {**MODELS[name], "features_only": True}
-        peer = timm.create_model(name, **given, feature_cls="getter").eval()
-        backbone = fastvr.create_model(name, **given).eval()
+        if out_indices is None:
+            # with the features that both give by themselves
+            given = {**MODELS[name], "features_only": True}
+            peer = timm.create_model(name, **given, feature_cls="getter").eval()
+            backbone = fastvr.create_model(name, **given).eval()
+            weights = {f"model.{key}": tensor for key, tensor in theirs.state_dict().items()}
+            for model in (backbone, peer):
+                model.load_state_dict({key: weights[key] for key in model.state_dict()})
+            assert set(peer.default_cfg) >= {"input_size", "first_conv"} <= set(backbone.default_cfg)
+        else:
+            peer = FeatureGetterNet(copy.deepcopy(theirs), out_indices)
+            backbone = fastvr.Backbone(copy.deepcopy(ours), out_indices)
         assert shapes(backbone) == shapes(peer)
-        weights = {f"model.{key}": tensor for key, tensor in theirs.state_dict().items()}
-        for model in (backbone, peer):
-            model.load_state_dict({key: weights[key] for key in model.state_dict()})
         with torch.no_grad():
             maps = backbone(x)
             assert_parity(maps, peer(x), truth_model(peer)(x.double()), name=str(out_indices))
@@ -121,7 +135,6 @@ def test_a_backbone_is_timms(name, pair) -> None:
         assert info.get_dicts(["num_chs"]) == expected.get_dicts(["num_chs"])
         assert info[0]["index"] == info.get("index", 0) == 0
         assert all(one.is_contiguous() for one in maps) or name in RESNETS
-        assert set(peer.default_cfg) >= {"input_size", "first_conv"} <= set(backbone.default_cfg)
         assert not {"num_classes", "classifier"} & set(backbone.default_cfg)
     # a model that is there already, of which the weights stay
     with torch.no_grad():
@@ -171,6 +184,9 @@ def test_pruning_leaves_what_timms_does(name, pair) -> None:
             assert_parity(ours(x), theirs(x), truth_model(theirs)(x.double()), name=str(options))
         for attribute in ("num_features", "head_hidden_size", "num_classes"):
             assert getattr(ours, attribute) == getattr(theirs, attribute)
+        for model in (ours, theirs):
+            model.reset_classifier(3, "avg" if name in RESNETS else None)
+        assert shapes(ours) == shapes(theirs), options
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -205,8 +221,14 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", SIZES, ids=str)
-@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_siglip_gap_224"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("vit_base_patch16_224", options) for options in SIZES),
+        ("vit_base_patch16_siglip_gap_224", SIZES[2]),
+        ("deit_base_distilled_patch16_224", SIZES[2]),
+    ],
+)
 def test_another_input_size_is_timms(name, options, pair, monkeypatch) -> None:
     theirs, ours, _ = pair(name)
     exact = truth_model(theirs)
@@ -450,5 +472,18 @@ def test_wrong_indices_of_other_methods_are_named(tiny, images) -> None:
         assert list(model.state_dict()) == keys
     with pytest.raises(ValueError, match="ViT: n must be how many of the last"):
         tiny("vit").get_intermediate_layers(images(), n=3)
+    with pytest.raises(ValueError, match="Backbone: model must be a ViT or ResNet of fastvr's; got Linear"):
+        fastvr.Backbone(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="out_indices must be None without features_only"):
         fastvr.create_model("resnet18", out_indices=(1,))
+
+
+def test_a_published_model_as_a_backbone(tiny, images, tmp_path, monkeypatch) -> None:
+    model, x = tiny("vit"), images()
+    monkeypatch.setattr("fastvr.weights.hub.download", lambda _: fastvr.save_model(model, tmp_path))
+    given = {"features_only": True, "out_indices": (1,), "num_heads": 2}
+    backbone = fastvr.create_model("vit_tiny_patch16_224", pretrained=True, **given)
+    assert not backbone.training
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, [1], intermediates_only=True)
+        torch.testing.assert_close(backbone(x), expected, rtol=0, atol=0)
