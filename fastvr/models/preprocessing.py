@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -28,10 +29,14 @@ class Preprocessing(NamedTuple):
 
     def for_timm(self) -> dict[str, Any]:
         """As a part of timm's ``pretrained_cfg``."""
+        share = self.size / self.resize
+        # timm resizes to size / crop_pct, rounded down: 224 / (224 / 400) is 399.99...
+        if math.floor(self.size / share) < self.resize:
+            share = math.nextafter(share, 0)
         return {
             "input_size": [len(self.mean), self.size, self.size],
             "interpolation": self.interpolation,
-            "crop_pct": self.size / self.resize,
+            "crop_pct": share,
             "crop_mode": "squash" if self.squash else "center",
             "mean": list(self.mean),
             "std": list(self.std),

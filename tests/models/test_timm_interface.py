@@ -373,6 +373,10 @@ def test_how_images_are_prepared_is_what_timm_resolves(pair) -> None:
     half = (0.5, 0.5, 0.5)
     ours.preprocessing = Preprocessing(36, 40, half, half, "bicubic")
     assert resolve_model_data_config(ours) == resolve_model_data_config(theirs)
+    for resize in range(224, 449):
+        share = Preprocessing(224, resize, half, half).for_timm()["crop_pct"]
+        # what timm's transform resizes to
+        assert int(224 / share) == resize
     # as load_model does for another size
     ours.set_input_size(64)
     assert ours.preprocessing.size == 64
