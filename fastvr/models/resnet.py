@@ -168,6 +168,8 @@ class ResNet(Model):
         else:
             x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *self._image(x))
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        # nobody reads what comes later, but in training it moves its running statistics
+        stop_early = stop_early or (intermediates_only and not self.training)
         for i, stage in enumerate(stages[: max(taken)] if stop_early else stages, 1):
             x = self._run_stage(stage, x)
             if i in taken:

@@ -80,8 +80,8 @@ class ViTFeatures(Model):
             raise ValueError("ViT: is_causal must be False: attention is not masked here")
         tokens = []
         y = self._embed(x)
-        # nobody reads what comes later
-        stop_early = stop_early or intermediates_only
+        # nobody reads what comes later, but in training it may draw random numbers
+        stop_early = stop_early or (intermediates_only and not self.training)
         for i, block in enumerate(blocks[: max(taken) + 1] if stop_early else blocks):
             y = self.run_block(block, y, block)
             if i in taken:

@@ -352,6 +352,19 @@ def test_kernels_give_whole_features(kind, tiny, images, device) -> None:
     assert {implementation for _, implementation in ran} == {"triton"}
 
 
+@pytest.mark.parametrize(("kind", "last"), [("vit", "blocks.1"), ("basic", "layer4.0")])
+def test_nothing_runs_that_nobody_reads(kind, last, tiny, images) -> None:
+    model, x, ran = tiny(kind), images(2), []
+    model.get_submodule(last).register_forward_hook(lambda *_: ran.append(1))
+    model.forward_intermediates(x, [0], intermediates_only=True)
+    model.forward_intermediates(x, [0], stop_early=True)
+    assert not ran
+    model.forward_intermediates(x, [0])
+    # in training what comes later draws random numbers and moves running statistics
+    model.train().forward_intermediates(x, [0], intermediates_only=True)
+    assert len(ran) == 2
+
+
 def test_uint8_images(tiny, images) -> None:
     for kind in ("vit", "bottleneck"):
         model = tiny(kind).normalize_images(0.5, 0.25)
