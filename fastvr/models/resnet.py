@@ -38,9 +38,6 @@ class ResNet(Model):
     """
 
     other_names = RESNET_NAMES
-    default_out_indices: ClassVar[int | tuple[int, ...]] = (0, 1, 2, 3, 4)
-    _classifier = "fc"
-    _stride = 32
 
     def __init__(
         self,
@@ -79,7 +76,9 @@ class ResNet(Model):
                 for i in range(4)
             ),
         ]
+        self.default_out_indices: int | tuple[int, ...] = (0, 1, 2, 3, 4)
         self._first_conv = "conv1" if stem_width is None else "conv1.0"
+        self._classifier, self._stride = "fc", 32
 
         self.conv1: nn.Module
         if stem_width is None:

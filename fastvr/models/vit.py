@@ -57,8 +57,6 @@ class ViT(ViTFeatures):
     """
 
     other_names = VIT_NAMES
-    _first_conv = "patch_embed.proj"
-    _classifier: str | tuple[str, ...] = "head"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from fastvr.nn.plain import layer_norm
 class ViTFeatures(Model):
     """What :class:`ViT` gives besides logits."""
 
-    default_out_indices: ClassVar[int | tuple[int, ...]] = 3
+    default_out_indices: int | tuple[int, ...] = 3
+    _first_conv = "patch_embed.proj"
+    _classifier: str | tuple[str, ...] = "head"
 
     blocks: nn.Module
     norm: nn.Module

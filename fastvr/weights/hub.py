@@ -9,8 +9,6 @@ from typing import Any, Literal, overload
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
 from fastvr.models.registry import build_model, find
-from fastvr.models.resnet import ResNet
-from fastvr.models.vit import ViT
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
 
@@ -69,8 +67,7 @@ def create_model(
         CheckpointError: the weights cannot be fetched, which says what to do instead, or loaded.
     """
     if features_only:
-        model = _create(name, pretrained, overrides)
-        assert isinstance(model, (ViT, ResNet))
+        model: Any = _create(name, pretrained, overrides)
         return Backbone(model, out_indices)
     if out_indices is not None:
         raise ValueError(f"create_model: out_indices must be None without features_only; got {out_indices!r}")
