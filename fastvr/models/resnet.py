@@ -126,10 +126,32 @@ class ResNet(Model):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
-        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *self._image(x))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = self._run_stage(stage, x)
-        return x
+        return self._run(x)[0]
+
+    def _run(
+        self, x: torch.Tensor, taken: Sequence[int] = (), last: int = 4
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The map of stage ``last``, and on the way there those of the stages ``taken`` (0: the stem)."""
+        first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
+        dtype = check_image(self, x, None, first)
+        moments = self.image_moments(x, dtype)
+        maps: list[torch.Tensor] = []
+        if 0 in taken:
+            x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
+            maps.append(x)
+            x = pool_map(self.maxpool, x)
+        else:
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for i, stage in enumerate(stages[:last], 1):
+            if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
+                for block in stage:
+                    x = self.run_block(block, x, block)
+            else:
+                x = run_stage(stage, x)
+            if i in taken:
+                maps.append(x)
+        return x, maps
 
     def forward_intermediates(
         self,
@@ -159,21 +181,10 @@ class ResNet(Model):
         """
         taken = take_indices("ResNet", "indices", indices, len(self.feature_info))
         check_output_fmt("ResNet", output_fmt, ("NCHW",))
-        maps: list[torch.Tensor] = []
-        if 0 in taken:
-            x = stem_map(self.conv1, self.bn1, self.relu, x, *self._image(x))
-            maps.append(x)
-            x = pool_map(self.maxpool, x)
-        else:
-            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *self._image(x))
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         # nobody reads what comes later, but in training it moves its running statistics
         stop_early = stop_early or (intermediates_only and not self.training)
-        for i, stage in enumerate(stages[: max(taken)] if stop_early else stages, 1):
-            x = self._run_stage(stage, x)
-            if i in taken:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
+        y, maps = self._run(x, taken, max(taken) if stop_early else 4)
+        return maps if intermediates_only else (y, maps)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -203,19 +214,6 @@ class ResNet(Model):
             self.reset_classifier(0, "")
         self.changed()
         return taken
-
-    def _image(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.dtype]:
-        """What the stem wants beside images ``x``: mean, deviation and dtype."""
-        first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
-        dtype = check_image(self, x, None, first)
-        return *self.image_moments(x, dtype), dtype
-
-    def _run_stage(self, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
-            for block in stage:
-                x = self.run_block(block, x, block)
-            return x
-        return run_stage(stage, x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the pooled features."""
