@@ -12,10 +12,9 @@ from fastvr import doctor
 from fastvr.ops._op import OPS
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients on"])
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_decompositions_are_functional(name, gradients) -> None:
-    with FakeTensorMode(), torch.set_grad_enabled(gradients):
+def test_decompositions_are_functional(name) -> None:
+    with FakeTensorMode(), torch.no_grad():
         args = doctor._arguments(torch.device("cpu"), torch.float32)[name]
         decomposition = fastvr.decompositions()[OPS[name].overload]
         program = make_fx(lambda *given: decomposition(*given))(*args)
