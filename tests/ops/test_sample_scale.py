@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import DTYPES, assert_compiles, assert_order_does_not_matter, randn, triton_forced
+from contract import DTYPES, assert_order_does_not_matter, randn, triton_forced
 
 from fastvr import backend, tuning
 from fastvr.ops.attention import draw_seed
@@ -273,16 +273,6 @@ def test_operators(device):
         torch.library.opcheck(torch.ops.fastvr.linear_weight_backward.default, args)
         args = [rows[1], randn(24, 40, device=device), rows[0], "gelu", True, given["sample_scale"]]
         torch.library.opcheck(torch.ops.fastvr.linear_act_backward.default, args)
-
-
-def test_compiles(device):
-    given = of_half("mlp", torch.float32, device)
-    names = (*MLP, "x")
-
-    def call(*tensors):
-        return layernorm_mlp(**given | dict(zip(names, tensors, strict=True)))
-
-    assert_compiles(call, [given[name] for name in names])
 
 
 def test_what_a_dropped_branch_overflowed_to_stays_visible(device):
