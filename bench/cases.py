@@ -46,6 +46,7 @@ class Case:
 
 ATTENTION = ("attention", "attention_training", "attention_backward")
 BLOCK = ("layernorm_attention_training", "transformer_block_training")
+SWIGLU = ("swiglu", "swiglu_backward")
 MLP = ("layernorm_mlp", "layernorm_mlp_training")
 ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
@@ -59,6 +60,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} proj", **size, k=dim, n=dim, residual=True),
             Case.of("linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
+            Case.of("linear", f"{name} proj drop path", **size, k=dim, n=dim, residual=True, drop_path=True),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
         "linear_stats": [
@@ -69,7 +71,14 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("norm_linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("norm_linear", f"{name} qkv", **size, k=dim, n=3 * dim),
         ],
-        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION},
+        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in ATTENTION[:1]},
+        **{
+            op: [
+                Case.of(op, name, **size, heads=dim // 64, head_dim=64),
+                Case.of(op, f"{name} dropout", **size, heads=dim // 64, head_dim=64, dropout=0.1),
+            ]
+            for op in ATTENTION[1:]
+        },
         **{
             op: [Case.of(op, f"{name} class token", **size, queries=1, heads=dim // 64, head_dim=64)]
             for op in ATTENTION_KV
@@ -84,6 +93,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         ],
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
+        **{op: [Case.of(op, name, **size, dim=8 * dim // 3)] for op in SWIGLU},
         **{op: [Case.of(op, name, **size, dim=dim, hidden=4 * dim)] for op in MLP},
         **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in BLOCK},
         "linear_weight_backward": [
@@ -94,8 +104,22 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
                 ("fc1", dim, 4 * dim, True),
                 ("fc2", 4 * dim, dim, False),
             )
+        ]
+        + [
+            Case.of(
+                "linear_weight_backward",
+                f"{name} fc2 drop path",
+                **size,
+                k=4 * dim,
+                n=dim,
+                norm=False,
+                drop_path=True,
+            )
         ],
-        "linear_act_backward": [Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim)],
+        "linear_act_backward": [
+            Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim),
+            Case.of("linear_act_backward", f"{name} fc2 drop path", **size, k=4 * dim, n=dim, drop_path=True),
+        ],
     }
 
 
@@ -235,6 +259,7 @@ SMALL: dict[str, list[Case]] = {
     ],
     "layer_norm": [Case.of("layer_norm", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "layer_norm_backward": [Case.of("layer_norm_backward", "ViT-Ti", batch=2, tokens=50, dim=192)],
+    **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=512)] for op in SWIGLU},
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, dim=192, hidden=768)] for op in MLP},
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in BLOCK},
     "linear_weight_backward": [

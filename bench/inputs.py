@@ -50,7 +50,8 @@ def _by_name(op: str) -> Callable[..., Any]:
     from fastvr.ops._op import OPS
 
     def call(**arguments: Any) -> Any:
-        return OPS[op](*(arguments[argument.name] for argument in OPS[op].overload._schema.arguments))
+        parameters = OPS[op].overload._schema.arguments
+        return OPS[op](*(arguments.get(p.name, p.default_value) for p in parameters))
 
     return call
 

@@ -14,6 +14,14 @@ from fastvr.reference.layer_norm import row_moments
 from fastvr.reference.linear_stats import row_stats
 
 
+def _factors(case: Case, make: Maker) -> dict[str, Any]:
+    """What stochastic depth multiplies samples by, where the case has it."""
+    if not case.get("drop_path"):
+        return {}
+    wide = torch.promote_types(make.dtype, torch.float32)
+    return {"sample_scale": (make.normal(case["batch"], like=wide) > -1).to(wide) / 0.8}
+
+
 def _linear(case: Case, make: Maker) -> dict[str, Any]:
     k, n = case["k"], case["n"]
     return {
@@ -23,6 +31,7 @@ def _linear(case: Case, make: Maker) -> dict[str, Any]:
         "act": case.get("act", "none"),
         "gamma": make.normal(n) if case.get("gamma") else None,
         "residual": make.normal(*rows(case), n) if case.get("residual") else None,
+        **_factors(case, make),
     }
 
 
@@ -60,7 +69,10 @@ def _attention_kv(case: Case, make: Maker) -> dict[str, Any]:
 
 
 def _attention_training(case: Case, make: Maker) -> dict[str, Any]:
-    return _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
+    given = _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
+    if p := case.get("dropout"):
+        given |= {"dropout_p": p, "seed": torch.tensor([5, 6], device=make.device)}
+    return given
 
 
 def _attention_kv_training(case: Case, make: Maker) -> dict[str, Any]:
@@ -70,8 +82,7 @@ def _attention_kv_training(case: Case, make: Maker) -> dict[str, Any]:
 def _attention_backward(case: Case, make: Maker) -> dict[str, Any]:
     given = _attention_training(case, make)
     y, lse = attention_training(**given)
-    rest = {"y": y, "lse": lse, "num_heads": given["num_heads"], "scale": given["scale"]}
-    return {"grad": make.normal(*y.shape), "qkv": given["qkv"], **rest}
+    return {"grad": make.normal(*y.shape), "y": y, "lse": lse, **given}
 
 
 def _attention_kv_backward(case: Case, make: Maker) -> dict[str, Any]:
@@ -120,6 +131,14 @@ def _layer_norm_backward(case: Case, make: Maker) -> dict[str, Any]:
         "needs_x": True,
         "needs_parameters": True,
     }
+
+
+def _swiglu(case: Case, make: Maker) -> dict[str, Any]:
+    return {"x": make.normal(*rows(case), 2 * case["dim"])}
+
+
+def _swiglu_backward(case: Case, make: Maker) -> dict[str, Any]:
+    return {"grad": make.normal(*rows(case), case["dim"])} | _swiglu(case, make)
 
 
 def _layernorm_mlp(case: Case, make: Maker) -> dict[str, Any]:
@@ -187,6 +206,7 @@ def _linear_weight_backward(case: Case, make: Maker) -> dict[str, Any]:
         "moments": row_moments(x, 1e-6) if norm else None,
         "needs_bias": case.get("bias", True),
         "out_dtype": None,
+        **_factors(case, make),
     }
 
 
@@ -197,6 +217,7 @@ def _linear_act_backward(case: Case, make: Maker) -> dict[str, Any]:
         "hidden": make.normal(*rows(case), case["k"]).flatten(0, -2),
         "act": case.get("act", "gelu"),
         "needs_activated": True,
+        **_factors(case, make),
     }
 
 
@@ -214,6 +235,8 @@ BUILDERS: dict[str, Builder] = {
     "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
     "layernorm_mlp": _layernorm_mlp,
     "layernorm_mlp_training": _layernorm_mlp_training,
     "layernorm_attention_training": _layernorm_attention_training,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from cases import ATTENTION, ATTENTION_KV, BLOCK, MLP, Case
+from cases import ATTENTION, ATTENTION_KV, BLOCK, MLP, SWIGLU, Case
 
 # What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
 # is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
@@ -28,7 +28,8 @@ _KINDS: _Kinds = {
         {"act": "none"},
         {"act": "gelu", "gamma": True, "residual": True},
         {"act": "relu", "bias": False, "residual": True},
-        {"act": "gelu_tanh"},
+        {"act": "gelu_tanh", "drop_path": True},
+        {"act": "quick_gelu"},
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
     "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
@@ -47,6 +48,7 @@ _KINDS: _Kinds = {
     ],
     "layer_norm": [{}],
     "layer_norm_backward": [{}],
+    **{op: [{}] for op in SWIGLU},
     "layernorm_mlp": [
         {"act": "gelu", "gamma": True},
         {"act": "relu", "residual": False},
@@ -54,8 +56,18 @@ _KINDS: _Kinds = {
     ],
     "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
     **dict.fromkeys(BLOCK, _HEADS),
-    "linear_weight_backward": [{"norm": True}, {"norm": False}, {"norm": False, "bias": False}],
-    "linear_act_backward": [{"act": "gelu"}, {"act": "gelu_tanh"}, {"act": "relu"}],
+    "linear_weight_backward": [
+        {"norm": True},
+        {"norm": False},
+        {"norm": False, "bias": False},
+        {"norm": False, "drop_path": True},
+    ],
+    "linear_act_backward": [
+        {"act": "gelu"},
+        {"act": "gelu_tanh"},
+        {"act": "quick_gelu"},
+        {"act": "relu", "drop_path": True},
+    ],
     "conv_bn_relu": [
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
         for c, o, k, s, p, rest in (
@@ -130,7 +142,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
-    elif op in ("layer_norm", "layer_norm_backward"):
+    elif op in ("layer_norm", "layer_norm_backward", *SWIGLU):
         drawn |= {"tokens": tokens, "dim": width}
     elif op in MLP:
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}

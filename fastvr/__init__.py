@@ -5,9 +5,11 @@ from __future__ import annotations
 from fastvr import ops
 from fastvr.accelerate import accelerate, restore
 from fastvr.backend import BackendError, current_backend, use_backend
+from fastvr.models.features import Backbone
 from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from fastvr.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+from fastvr.ops._decompose import decompositions
 from fastvr.prepare import PreparedModel, prepare
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
@@ -16,6 +18,7 @@ from fastvr.weights.load import load_checkpoint
 from fastvr.weights.save import save_model
 
 __all__ = [
+    "Backbone",
     "BackendError",
     "CheckpointError",
     "PreparedModel",
@@ -30,6 +33,7 @@ __all__ = [
     "accelerate",
     "create_model",
     "current_backend",
+    "decompositions",
     "list_models",
     "load_checkpoint",
     "load_model",

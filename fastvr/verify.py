@@ -16,7 +16,7 @@ from fastvr.models._model import Model
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.testing import ParityReport, measure_parity, truth_model
-from fastvr.weights import configs
+from fastvr.weights import configs, transformers_clip
 from fastvr.weights.build import build
 from fastvr.weights.describe import describe
 from fastvr.weights.errors import CheckpointError
@@ -25,10 +25,25 @@ from fastvr.weights.load import unknown_layout
 from fastvr.weights.read import Checkpoint, read_checkpoint
 
 _ARCHITECTURES = {
-    name + task
-    for name in ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "ResNet")
-    for task in ("Model", "ForImageClassification", "ForImageClassificationWithTeacher")
+    **{
+        name + task: name + task
+        for name in ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "ResNet")
+        for task in ("Model", "ForImageClassification", "ForImageClassificationWithTeacher")
+    },
+    **{
+        name: name
+        for name in (
+            "CLIPVisionModel",
+            "CLIPVisionModelWithProjection",
+            "SiglipVisionModel",
+            "SiglipForImageClassification",
+        )
+    },
+    # of two towers the one that sees
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "SiglipModel": "SiglipVisionModel",
 }
+"""transformers' models, and which of its classes runs their images."""
 
 
 class Verdict(NamedTuple):
@@ -98,10 +113,14 @@ class _Output(nn.Module):
         made = self.inner(x)
         if isinstance(made, torch.Tensor):
             return made
-        if "logits" in made:
-            logits: torch.Tensor = made.logits
-            return logits
-        pooled: torch.Tensor = made.last_hidden_state[:, 0]
+        for name in ("logits", "image_embeds"):
+            if name in made:
+                result: torch.Tensor = made[name]
+                return result
+        # a ViT's pooler is of no use to its classifier; that of CLIP and SigLIP gives the tower's result
+        model_type = self.inner.config.model_type  # type: ignore[union-attr]
+        tower = model_type in transformers_clip.MODEL_TYPES
+        pooled: torch.Tensor = made.pooler_output if tower else made.last_hidden_state[:, 0]
         return pooled
 
 
@@ -117,6 +136,7 @@ def _peer(checkpoint: Checkpoint, found: Recognised, model: Model) -> tuple[str,
 
 
 def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
+    import timm.layers.mlp
     import timm.models.deit
     import timm.models.resnet
     import timm.models.vision_transformer
@@ -136,6 +156,8 @@ def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
             kind: Any = timm.models.vision_transformer.VisionTransformer
             if "dist_token" in checkpoint.state:
                 kind = timm.models.deit.VisionTransformerDistilled
+            if describe(model)["act"] == "swiglu":
+                arguments |= {"mlp_layer": timm.layers.mlp.SwiGLUPacked, "act_layer": nn.SiLU}
             norm_layer = functools.partial(nn.LayerNorm, eps=describe(model)["norm_eps"])
             peer = kind(norm_layer=norm_layer, **arguments)
     peer.load_state_dict(checkpoint.state)
@@ -165,7 +187,9 @@ def _transformers(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]
 
     config = checkpoint.config
     if config is None or "model_type" not in config:
-        if isinstance(model, ViT):
+        if isinstance(model, ViT) and transformers_clip.holds(model):
+            config = transformers_clip.config(model, describe(model))
+        elif isinstance(model, ViT):
             config = configs.transformers_vit(model, describe(model))
         else:
             assert isinstance(model, ResNet)
@@ -175,15 +199,21 @@ def _transformers(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]
         raise CheckpointError(
             f"{checkpoint.source}: config.json: architectures must name a known model; got {name!r}"
         )
+    state, kind = checkpoint.state, _ARCHITECTURES[name]
+    if kind != name:
+        # the tower alone, with what its configuration has one level higher
+        projected = {key: config[key] for key in ("projection_dim",) if key in config}
+        config = {**config["vision_config"], **projected}
+        state = {key: tensor for key, tensor in state.items() if not transformers_clip.unused(key)}
     # from a folder, since its names in memory and on disk differ
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         save_file(
-            {key: tensor.contiguous() for key, tensor in checkpoint.state.items()},
+            {key: tensor.contiguous() for key, tensor in state.items()},
             Path(folder) / "model.safetensors",
             metadata={"format": "pt"},
         )
-        peer: nn.Module = getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+        peer: nn.Module = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     return "transformers", peer
 
 

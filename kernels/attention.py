@@ -9,6 +9,8 @@ probabilities are rounded to v's dtype before the second product, and the result
 For the gradient the same kernel also leaves each query's log-sum-exp, in base 2 as it computes it: what
 backward subtracts is then rounded once, and the errors of a score's own rounding cancel.
 
+With ``seed`` the weights are dropped (`dropout.py`) behind their sum, and the result is scaled once.
+
 Vision sequences are a few keys longer than a multiple of 64 (a class token, registers): whole blocks run
 without masks, and what is left runs in steps of 16, so that one extra key does not cost a block of 64.
 """
@@ -22,6 +24,8 @@ import triton
 import triton.language as tl
 
 from fastvr.kernels.common import ceil_div, dot_precision, launch
+from fastvr.kernels.dropout import kept
+from fastvr.reference.dropout import keep_scale, threshold
 
 TAIL = 16  # the smallest inner dimension of a 16-bit tensor-core product
 FEW_QUERIES = 16  # its least number of rows
@@ -38,6 +42,13 @@ def _attend(
     total,
     acc,
     scale_log2,
+    seed_ptr,
+    plane,
+    first_query,
+    first_key,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,6 +74,8 @@ def _attend(
     p = tl.exp2(scores * scale_log2 - shift[:, None])
     correction = tl.exp2(running_max - shift)
     total = total * correction + tl.sum(p, 1)
+    if seed_ptr is not None:
+        p = tl.where(kept(seed_ptr, plane, first_query, first_key, threshold, BLOCK_M, KEYS), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return new_max, total, acc
 
@@ -73,6 +86,7 @@ def _attention_fwd_kernel(
     k_ptr,  # [B, N, 2, H, D]: keys, then values
     y_ptr,  # [B, M, H, D], contiguous
     lse_ptr,  # [B, H, M] float32, or None: the base-2 logarithm of the sum of 2 ** (score * scale_log2)
+    seed_ptr,  # [2] int64, or None: no dropout
     M,
     N,
     stride_qb,
@@ -80,6 +94,8 @@ def _attention_fwd_kernel(
     stride_kb,
     stride_kn,
     scale_log2,  # scale * log2(e), positive
+    threshold,  # int32, with seed
+    keep_scale,  # 1 / (1 - p), with seed
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEY_COLUMN: tl.constexpr,  # where keys start in a row behind k_ptr
@@ -120,7 +136,8 @@ def _attention_fwd_kernel(
         k_ptrs = k_head + start * stride_row + block
         running_max, total, acc = _attend(
             q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, offs_n < N, columns, running_max, total, acc,
-            scale_log2, False, EVEN_D, PRECISION,
+            scale_log2, seed_ptr, pid // blocks, first, start, threshold, BLOCK_M, BLOCK_N, False, EVEN_D,
+            PRECISION,
         )  # fmt: skip
 
     offs_t = tl.arange(0, TAIL)
@@ -129,10 +146,13 @@ def _attention_fwd_kernel(
         k_ptrs = k_head + start * stride_row + tail
         running_max, total, acc = _attend(
             q, k_ptrs, k_ptrs + NUM_HEADS * HEAD_DIM, start + offs_t < N, columns, running_max, total, acc,
-            scale_log2, True, EVEN_D, PRECISION,
+            scale_log2, seed_ptr, pid // blocks, first, start, threshold, BLOCK_M, TAIL, True, EVEN_D,
+            PRECISION,
         )  # fmt: skip
 
     acc *= (1.0 / total)[:, None]
+    if seed_ptr is not None:
+        acc *= keep_scale
     offs_m = tl.arange(0, BLOCK_M)
     if lse_ptr is not None:
         lse_ptrs = lse_ptr + (sample * NUM_HEADS + head) * M + first + offs_m
@@ -148,11 +168,16 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
 
 
 def candidate_configs(
-    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
 ) -> list[dict[str, int]]:
     """Configurations that fit ``arch`` for this head_dim; the first is the default. ``few``: at most
     ``FEW_QUERIES`` queries, where reading keys and values is all that takes time."""
     wide = head_dim > 64
+    if dropout and arch != "interpreter":
+        # random numbers take registers: those of the others that spill nowhere
+        if dtype == torch.float32:
+            return [_tile(16, 16, 4, 1)]
+        return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2) if wide else _tile(128, 64, 8, 2)]
     if few:
         if dtype == torch.float32:
             # two warps would spill where the inner dimension unrolls past 64
@@ -179,9 +204,11 @@ def candidate_configs(
     return [_tile(64, 64, 4, 2), _tile(128, 64, 8, 2), _tile(64, 128, 4, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False) -> dict[str, int]:
+def default_config(
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
+) -> dict[str, int]:
     """The configuration without a measurement: 64 queries waste little of 197 or 257."""
-    return candidate_configs(dtype, arch, head_dim=head_dim, few=few)[0]
+    return candidate_configs(dtype, arch, head_dim=head_dim, few=few, dropout=dropout)[0]
 
 
 def launch_attention_fwd(
@@ -192,6 +219,8 @@ def launch_attention_fwd(
     lse: torch.Tensor | None = None,  # [B, H, M] float32, contiguous
     num_heads: int,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,  # [2] int64, contiguous, with dropout_p
     config: dict[str, int],
 ) -> None:
     B, M, width = y.shape
@@ -202,6 +231,7 @@ def launch_attention_fwd(
         "k_ptr": kv,
         "y_ptr": y,
         "lse_ptr": lse,
+        "seed_ptr": seed,
         "M": M,
         "N": kv.shape[1],
         "stride_qb": q.stride(0),
@@ -209,6 +239,8 @@ def launch_attention_fwd(
         "stride_kb": kv.stride(0),
         "stride_kn": kv.stride(1),
         "scale_log2": scale * 1.4426950408889634,
+        "threshold": 0 if seed is None else threshold(dropout_p),
+        "keep_scale": keep_scale(dropout_p),
         "NUM_HEADS": num_heads,
         "HEAD_DIM": head_dim,
         "KEY_COLUMN": kv.shape[2] - 2 * width,

@@ -4,7 +4,9 @@ With p = exp2(scale * log2(e) * q k' - lse), where lse is the base-2 log-sum-exp
 and delta = rowsum(grad * y): dv = p' grad, ds = p * (grad v' - delta), dq = scale * ds k, dk = scale * ds' q
 (FlashAttention-2, Dao, 2023). Probabilities are computed again, once for dk and dv and once for dq: seven
 products where five and an atomic sum would do, and the same bits in every run. Sums are float32; p and ds are
-rounded to the operands' dtype before a product takes them, as PyTorch's flash kernels do.
+rounded to the operands' dtype before a product takes them, as PyTorch's flash kernels do. With ``seed`` the
+weights that the forward pass dropped are found again (`dropout.py`): dv takes those that stayed, and so does
+grad v'.
 
 The first launch leaves delta. It reads grad and y once; inside the second launch every block of keys would
 read y again beside q and grad, half as many loads again in a loop that is short of registers. In the second
@@ -24,6 +26,8 @@ import triton.language as tl
 
 from fastvr.kernels.attention import TAIL
 from fastvr.kernels.common import ceil_div, dot_precision, launch
+from fastvr.kernels.dropout import kept
+from fastvr.reference.dropout import keep_scale, threshold
 
 LOG2_E = 1.4426950408889634
 
@@ -53,6 +57,14 @@ def _add_queries(
     dk,
     dv,
     scale_log2,
+    seed_ptr,
+    plane,
+    first_query,
+    first_key,
+    threshold,
+    keep_scale,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,8 +83,14 @@ def _add_queries(
     if MASKED:
         # an infinite key would make NaN of a missing query's zeros
         p = tl.where(queries[None, :], p, 0.0)
-    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    if seed_ptr is not None:
+        stays = tl.trans(kept(seed_ptr, plane, first_query, first_key, threshold, QUERIES, KEYS))
+        dv = tl.dot(tl.where(stays, p, 0.0).to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.where(stays, dp * keep_scale, 0.0)
+    else:
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
     if MASKED:
         ds = tl.where(queries[None, :], ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -91,6 +109,14 @@ def _add_keys(
     columns,
     dq,
     scale_log2,
+    seed_ptr,
+    plane,
+    first_query,
+    first_key,
+    threshold,
+    keep_scale,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,7 +126,11 @@ def _add_keys(
     v = _rows(v_ptrs, keys, columns, MASKED, EVEN_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(scores * scale_log2 - lse[:, None])
-    ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    if seed_ptr is not None:
+        stays = kept(seed_ptr, plane, first_query, first_key, threshold, QUERIES, KEYS)
+        dp = tl.where(stays, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
     if MASKED:
         ds = tl.where(keys[None, :], ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -144,6 +174,7 @@ def _attention_bwd_kernel(
     delta_ptr,  # [B, H, M] float32
     dq_ptr,  # [B, M, H, D] in rows of DQ_WIDTH, or None
     dk_ptr,  # [B, N, 2, H, D] in rows of DK_WIDTH, as k; or None
+    seed_ptr,  # [2] int64, or None: no dropout
     M,
     N,
     stride_gb,
@@ -154,6 +185,8 @@ def _attention_bwd_kernel(
     stride_kn,
     scale,
     scale_log2,  # scale * log2(e)
+    threshold,  # int32, with seed
+    keep_scale,  # 1 / (1 - p), with seed
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEY_COLUMN: tl.constexpr,  # where keys start in a row behind k_ptr and dk_ptr
@@ -175,7 +208,8 @@ def _attention_bwd_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     sample = (pid // (blocks * NUM_HEADS)).to(tl.int64)
-    head = pid // blocks % NUM_HEADS
+    plane = pid // blocks
+    head = plane % NUM_HEADS
     EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     offs_d = tl.arange(0, BLOCK_D)
@@ -212,7 +246,8 @@ def _attention_bwd_kernel(
                 dk, dv = _add_queries(
                     k, v, q_head + start * step_q + q_block, grad_head + start * step_g + g_block,
                     lse_head + start + offs_n, delta_head + start + offs_n, offs_n < M, columns, dk, dv,
-                    scale_log2, False, EVEN_D, PRECISION,
+                    scale_log2, seed_ptr, plane, start, first, threshold, keep_scale, BLOCK_N, BLOCK_M, False,
+                    EVEN_D, PRECISION,
                 )  # fmt: skip
             q_tail = offs_t[:, None] * stride_qm + offs_d[None, :]
             g_tail = offs_t[:, None] * stride_gm + offs_d[None, :]
@@ -220,12 +255,15 @@ def _attention_bwd_kernel(
                 dk, dv = _add_queries(
                     k, v, q_head + start * step_q + q_tail, grad_head + start * step_g + g_tail,
                     lse_head + start + offs_t, delta_head + start + offs_t, start + offs_t < M, columns, dk,
-                    dv, scale_log2, True, EVEN_D, PRECISION,
+                    dv, scale_log2, seed_ptr, plane, start, first, threshold, keep_scale, TAIL, BLOCK_M, True,
+                    EVEN_D, PRECISION,
                 )  # fmt: skip
             dk_head = dk_ptr + (sample * N + first) * DK_WIDTH + KEY_COLUMN + head * HEAD_DIM
             dk_ptrs = dk_head + (offs_m[:, None] * DK_WIDTH + offs_d[None, :])
             mask = (offs_m < N - first)[:, None] & columns[None, :]
             tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+            if seed_ptr is not None:
+                dv *= keep_scale
             tl.store(dk_ptrs + WIDTH, dv.to(dk_ptr.dtype.element_ty), mask=mask)
     else:
         if dq_ptr is not None:
@@ -243,15 +281,17 @@ def _attention_bwd_kernel(
             for start in range(0, whole, BLOCK_N):
                 k_ptrs = k_head + start * step_k + k_block
                 dq = _add_keys(
-                    q, grad, lse, delta, k_ptrs, k_ptrs + WIDTH, offs_n < N, columns, dq, scale_log2, False,
-                    EVEN_D, PRECISION,
+                    q, grad, lse, delta, k_ptrs, k_ptrs + WIDTH, offs_n < N, columns, dq, scale_log2,
+                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, BLOCK_N, False, EVEN_D,
+                    PRECISION,
                 )  # fmt: skip
             k_tail = offs_t[:, None] * stride_kn + offs_d[None, :]
             for start in tl.range(whole, N, TAIL, num_stages=1):
                 k_ptrs = k_head + start * step_k + k_tail
                 dq = _add_keys(
                     q, grad, lse, delta, k_ptrs, k_ptrs + WIDTH, start + offs_t < N, columns, dq, scale_log2,
-                    True, EVEN_D, PRECISION,
+                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, TAIL, True, EVEN_D,
+                    PRECISION,
                 )  # fmt: skip
             dq_head = dq_ptr + (sample * M + first) * DQ_WIDTH + head * HEAD_DIM
             dq_ptrs = dq_head + (offs_m[:, None] * DQ_WIDTH + offs_d[None, :])
@@ -266,12 +306,19 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[dict[str, int]]:
+def candidate_configs(
+    dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False
+) -> list[dict[str, int]]:
     """Configurations that fit ``arch`` for this head_dim; the first is the default. BLOCK_M rows are a
     program's own, BLOCK_N those it walks at a time."""
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
     wide = head_dim > 64
+    if dropout:
+        # random numbers take registers: what spills nowhere
+        if dtype == torch.float32:
+            return [_tile(16 if wide else 32, 16, 4, 1)]
+        return [_tile(64, 32, 4, 1), _tile(32, 32, 4, 1)] if wide else [_tile(64, 32, 4, 2)]
     if arch.startswith("gfx"):
         if dtype == torch.float32:
             return [_tile(32, 16, 4, 1), _tile(16, 16, 4, 1)]
@@ -291,8 +338,8 @@ def candidate_configs(dtype: torch.dtype, arch: str, *, head_dim: int) -> list[d
     return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int) -> dict[str, int]:
-    return candidate_configs(dtype, arch, head_dim=head_dim)[0]
+def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False) -> dict[str, int]:
+    return candidate_configs(dtype, arch, head_dim=head_dim, dropout=dropout)[0]
 
 
 def launch_attention_bwd(
@@ -307,6 +354,8 @@ def launch_attention_bwd(
     dkv: torch.Tensor | None,  # shaped as kv, contiguous; packed gradients are the same tensor twice
     num_heads: int,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,  # [2] int64, contiguous, with dropout_p
     config: dict[str, int],
 ) -> None:
     B, M, width = y.shape
@@ -342,6 +391,7 @@ def launch_attention_bwd(
         delta_ptr=delta,
         dq_ptr=dq,
         dk_ptr=dkv,
+        seed_ptr=seed,
         M=M,
         N=N,
         stride_gb=grad.stride(0),
@@ -353,6 +403,8 @@ def launch_attention_bwd(
         # one score's softmax is 1 whatever the score: rounding must not leave it a gradient
         scale=scale if N > 1 else 0.0,
         scale_log2=scale * LOG2_E,
+        threshold=0 if seed is None else threshold(dropout_p),
+        keep_scale=keep_scale(dropout_p),
         KEY_COLUMN=kv.shape[2] - 2 * width,
         DQ_WIDTH=0 if dq is None else dq.shape[2],
         DK_WIDTH=0 if dkv is None else dkv.shape[2],

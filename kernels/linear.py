@@ -1,7 +1,9 @@
-"""GEMM with everything around it in one launch: y = residual + gamma * act(norm(x) @ weight.T + bias).
+"""GEMM with everything around it in one launch:
+y = residual + sample_scale * gamma * act(norm(x) @ weight.T + bias).
 
 x [M, K], weight [N, K], y [M, N]; every part but the product is optional. Products are summed in float32;
-bias, activation, LayerScale and residual are applied to the float32 accumulator: one rounding, on store.
+bias, activation, LayerScale, a factor for each sample (stochastic depth) and residual are applied to the
+float32 accumulator: one rounding, on store.
 
 LayerNorm comes in two ways. With ``ln_weight`` the rows of x pass through it on their way into the product:
 their statistics are taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub,
@@ -80,12 +82,14 @@ def finish_tile(
     N,
     bias_ptr,  # [N] or None
     gamma_ptr,  # [N] or None
+    sample_scale_ptr,  # [M / sample_rows] float32 or None: a factor for each sample
     residual_ptr,  # [M, N] or None
     colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
     y_ptr,  # [M, N]
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
     hidden_ptr,  # [M, N] dense, or None: what ACT was given in a forward pass, whose derivative is asked for
     activated_ptr,  # [M, N] dense, or None: what it gave
+    sample_rows,  # rows of a sample
     stride_rm,
     stride_ym,
     ACT: tl.constexpr,
@@ -114,6 +118,8 @@ def finish_tile(
         acc = activate(acc, ACT, y_ptr.dtype.element_ty)
     if gamma_ptr is not None:
         acc *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if sample_scale_ptr is not None:
+        acc *= tl.load(sample_scale_ptr + offs_m // sample_rows, mask=mask_m, other=0.0)[:, None]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :]
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -126,9 +132,9 @@ def finish_tile(
 
 @triton.jit
 def finish_parts(
-    acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr, stats_ptr,
-    hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr, colsum_ptr,
+    y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT: tl.constexpr,
+    STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
     programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
@@ -136,18 +142,20 @@ def finish_parts(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         finish_parts(
-            left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-            stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+            left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
+            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
+            STATS_CHUNK, BLOCK_M, HALF,
         )  # fmt: skip
         finish_parts(
-            right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
-            y_ptr, stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M,
-            HALF,
+            right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, sample_scale_ptr,
+            residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm,
+            stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         finish_tile(
-            acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-            stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+            acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
+            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
+            STATS_CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -159,6 +167,7 @@ def _linear_fwd_kernel(
     ln_weight_ptr,  # [K] or None: no LayerNorm on the way in
     ln_bias_ptr,  # [K] or None
     gamma_ptr,  # [N] or None
+    sample_scale_ptr,  # [M / sample_rows] float32 or None: a factor for each sample
     residual_ptr,  # [M, N] or None
     row_stats_ptr,  # [M, ceil(K / STATS_CHUNK), 2] float32, with colsum
     colsum_ptr,  # [N] float32 or None: no LayerNorm folded into the weight
@@ -170,6 +179,7 @@ def _linear_fwd_kernel(
     M,
     N,
     K,
+    sample_rows,
     stride_xm,
     stride_xk,
     stride_wn,
@@ -263,9 +273,9 @@ def _linear_fwd_kernel(
                     row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, BLOCK_M
                 )
             finish_parts(
-                acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr,
-                y_ptr, stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M,
-                BLOCK_N,
+                acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, sample_scale_ptr,
+                residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm,
+                stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
@@ -274,6 +284,7 @@ def _linear_sum_kernel(
     workspace_ptr,  # [SPLIT_K, M, N] float32; what follows as above
     bias_ptr,
     gamma_ptr,
+    sample_scale_ptr,
     residual_ptr,
     row_stats_ptr,
     colsum_ptr,
@@ -284,6 +295,7 @@ def _linear_sum_kernel(
     M,
     N,
     K,
+    sample_rows,
     stride_rm,
     stride_ym,
     stride_sm,
@@ -308,8 +320,9 @@ def _linear_sum_kernel(
     if colsum_ptr is not None:
         mean, rstd = row_scale(row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
-        acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, residual_ptr, colsum_ptr, y_ptr,
-        stats_ptr, hidden_ptr, activated_ptr, stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
+        acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
+        colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
+        STATS_CHUNK, ROWS, STATS_CHUNK,
     )  # fmt: skip
 
 
@@ -325,6 +338,7 @@ def launch_linear_fwd(
     ln_weight: torch.Tensor | None = None,
     ln_bias: torch.Tensor | None = None,
     gamma: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,  # [samples] float32, contiguous; M is a multiple of samples
     residual: torch.Tensor | None = None,  # [M, N], last dimension contiguous
     row_stats: torch.Tensor | None = None,  # [M, ceil(K / STATS_CHUNK), 2] float32, rows dense, with colsum
     colsum: torch.Tensor | None = None,  # [N] float32
@@ -360,6 +374,7 @@ def launch_linear_fwd(
     epilogue: dict[str, Any] = {
         "bias_ptr": bias,
         "gamma_ptr": gamma,
+        "sample_scale_ptr": sample_scale,
         "residual_ptr": residual,
         "row_stats_ptr": row_stats,
         "colsum_ptr": colsum,
@@ -378,6 +393,7 @@ def launch_linear_fwd(
         "M": M,
         "N": N,
         "K": K,
+        "sample_rows": 1 if sample_scale is None else M // sample_scale.shape[0],
         "eps": eps,
         "STATS_CHUNK": STATS_CHUNK,
         "CHUNKS": chunks,

@@ -3,7 +3,8 @@
 grad [M, N], x [M, K], dweight [N, K], dbias [N]. Products and sums are in float32, rounded once on store.
 grad's rows are summed by the programs that read them anyhow. With ``ln_weight`` x passes through LayerNorm on
 its way in, by the ``moments`` that the forward pass left, and is rounded to grad's dtype: what the forward
-pass multiplied need not be kept.
+pass multiplied need not be kept. With ``sample_scale`` grad is meant with a factor for each sample: x takes
+it, on the way that LayerNorm takes.
 
 - TMA: grad and x by tensor descriptors.
 - SPLIT_M: so many programs share the rows. Each leaves its float32 part in a workspace, and a second launch
@@ -38,11 +39,13 @@ def _linear_weight_bwd_kernel(
     ln_weight_ptr,  # [K] or None: no LayerNorm on the way in
     ln_bias_ptr,  # [K] or None
     moments_ptr,  # [M, 2] float32, with ln_weight: mean and 1 / deviation
+    sample_scale_ptr,  # [M / sample_rows] float32 or None: a factor for each sample's rows of grad
     dweight_ptr,  # [N, K] dense; with SPLIT_M [SPLIT_M, N, K] float32
     dbias_ptr,  # [N] or None; with SPLIT_M [SPLIT_M, N] float32
     M,
     N,
     K,
+    sample_rows,  # rows of a sample
     stride_gm,
     stride_gn,
     stride_xm,
@@ -91,10 +94,16 @@ def _linear_weight_bwd_kernel(
                 normed += shift[None, :]
             # rows past the end are not 0 any more, and 0 times a bias that overflowed is NaN
             x_block = tl.where(inside[:, None], normed, 0.0).to(g_block.dtype)
+        if sample_scale_ptr is not None:
+            factor = tl.load(sample_scale_ptr + rows // sample_rows, mask=inside, other=0.0)
+            x_block = (x_block.to(tl.float32) * factor[:, None]).to(g_block.dtype)
         acc = tl.dot(tl.trans(g_block), x_block, acc, input_precision=PRECISION)
         if dbias_ptr is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if pid_k == 0:
-                dbias += tl.sum(g_block.to(tl.float32), 0)
+                summand = g_block.to(tl.float32)
+                if sample_scale_ptr is not None:
+                    summand *= factor[:, None]
+                dbias += tl.sum(summand, 0)
 
     part = tl.program_id(1).to(tl.int64) if SPLIT_M > 1 else 0
     cells = (part * N + offs_n)[:, None] * K + offs_k[None, :]
@@ -149,14 +158,14 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: in
 
 def candidate_configs(dtype: torch.dtype, arch: str, *, norm: bool, m: int, n: int, k: int) -> list[Config]:
     """Configurations that fit ``arch``, each with as many parts as make one wave of programs on a large GPU,
-    two, or with none; ``norm``: whether x is normalised on its way in."""
+    two, or with none; ``norm``: whether x is normalised or multiplied on its way in."""
     if arch == "interpreter":
         return [_tile(64, 128, 128, 4, 1), _tile(32, 64, 128, 4, 1, SPLIT_M=2)]
     if dtype == torch.float32:
         # IEEE float32 has no matrix instruction on NVIDIA: fused multiply-adds out of registers
         tiles = [_tile(16, 64, 64, 8, 2), _tile(16, 32, 64, 4, 2), _tile(16, 32, 32, 4, 2)]
     else:
-        # LayerNorm on the way in goes through registers, which TMA does not
+        # what changes x on its way in goes through registers, which TMA does not
         tma = {"TMA": 1} if arch in ("sm_90", "sm_100") and not norm else {}
         stages = 2 if arch.startswith("gfx") else 3
         # registers hold what is transposed or normalised, except where products read shared memory
@@ -189,6 +198,7 @@ def launch_linear_weight_bwd(
     ln_weight: torch.Tensor | None,  # [K]
     ln_bias: torch.Tensor | None,  # [K]
     moments: torch.Tensor | None,  # [M, 2] float32, contiguous, with ln_weight
+    sample_scale: torch.Tensor | None,  # [samples] float32, contiguous; M is a multiple of samples
     dweight: torch.Tensor,  # [N, K], contiguous
     dbias: torch.Tensor | None,  # [N]
     workspace: torch.Tensor | None,  # [SPLIT_M, N, K] float32, contiguous, where config has SPLIT_M
@@ -214,11 +224,13 @@ def launch_linear_weight_bwd(
         ln_weight_ptr=ln_weight,
         ln_bias_ptr=ln_bias,
         moments_ptr=moments,
+        sample_scale_ptr=sample_scale,
         dweight_ptr=dweight if split == 1 else workspace,
         dbias_ptr=dbias if split == 1 else sums,
         M=M,
         N=N,
         K=K,
+        sample_rows=1 if sample_scale is None else M // sample_scale.shape[0],
         stride_gm=grad.stride(0),
         stride_gn=grad.stride(1),
         stride_xm=x.stride(0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -11,14 +12,16 @@ from torch import nn
 
 from fastvr.accelerate.swap import Accelerated, ordinary, takes, unobserved
 from fastvr.nn.attention import Attention
-from fastvr.nn.mlp import Mlp
-from fastvr.nn.plain import idle, join, layer_norm, plain, plain_norm
+from fastvr.nn.block import DropPath
+from fastvr.nn.mlp import Mlp, QuickGELU
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, plain, plain_norm
 from fastvr.ops.attention import attention
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.linear import linear
 
 IDENTITY = nn.Identity()
 _GELU, _GELU_TANH, _RELU = nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()
+_QUICK_GELU, _SILU = QuickGELU(), nn.SiLU()
 
 # classes by their path, since nothing here imports a library that the model does not come from
 _REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
@@ -29,8 +32,9 @@ GAMMA = {
     f"{_REGISTERS}LayerScale": "lambda1",
     "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayerScale": "lambda1",
 }
+_TIMMS_DROP_PATH = "timm.layers.drop.DropPath"
 _DROP_PATHS = {
-    "timm.layers.drop.DropPath",
+    _TIMMS_DROP_PATH,
     "transformers.models.dinov2.modeling_dinov2.Dinov2DropPath",
     f"{_REGISTERS}DropPath",
     "transformers.models.dinov3_vit.modeling_dinov3_vit.Dinov3ViTDropPath",
@@ -38,8 +42,11 @@ _DROP_PATHS = {
 _ACTIVATIONS = {
     "timm.layers.activations.GELU": _GELU,
     "timm.layers.activations.GELUTanh": _GELU_TANH,
+    "timm.layers.activations.QuickGELU": _QUICK_GELU,
     "transformers.activations.GELUActivation": _GELU,
     "transformers.activations.GELUTanh": _GELU_TANH,
+    "transformers.activations.QuickGELUActivation": _QUICK_GELU,
+    "transformers.activations.SiLUActivation": _SILU,
 }
 
 
@@ -82,6 +89,13 @@ def passes(drop: nn.Module | None) -> bool:
     return not drop.training or getattr(drop, "drop_prob", None) in (0, None)
 
 
+def _draws(drop: nn.Module | None) -> DrawScale | None:
+    """How timm's DropPath draws, where nobody observes it; other libraries draw in other ways."""
+    if drop is None or path_of(type(drop)) != _TIMMS_DROP_PATH or not plain(drop, type(drop)):
+        return None
+    return functools.partial(DropPath.sample_scale, drop) if drop.scale_by_keep else None  # type: ignore[arg-type]
+
+
 def residual_branch(
     x: torch.Tensor,
     norm: nn.Module | None,
@@ -106,6 +120,9 @@ def residual_branch(
     if branch is not None:
         if not isinstance(scale, nn.Module) and passes(drop):
             return branch(x, norm, gamma, x)  # type: ignore[no-any-return]
+        draw = _draws(drop)
+        if draw is not None and not isinstance(scale, nn.Module) and isinstance(module, (Attention, Mlp)):
+            return module.branch(x, norm, gamma, x, draw)
         y = branch(x, norm, gamma)
     else:
         normed = x if norm is None else layer_norm(norm, x)
@@ -114,6 +131,23 @@ def residual_branch(
     y = scale(y) if isinstance(scale, nn.Module) else y
     result: torch.Tensor = x + (y if drop is None else drop(y))
     return result
+
+
+def own_or_fused_branch(
+    module: Any,
+    x: torch.Tensor,
+    norm: nn.Module | None = None,
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    drop_path: DrawScale | None = None,
+) -> torch.Tensor:
+    """``residual + drop_path(gamma * module(norm(x)))`` of an MLP or attention, by the class of fastvr's that
+    it is taken for."""
+    if module.separate():
+        y = module.own_forward(x if norm is None else layer_norm(norm, x))
+        return join(y, gamma, residual, drawn(drop_path, y))
+    fused: torch.Tensor = type(module)._fastvr_accelerates.branch(module, x, norm, gamma, residual, drop_path)
+    return fused
 
 
 def attend(
@@ -150,6 +184,16 @@ def attend(
     return linear(y, output.weight, output.bias, gamma=gamma, residual=residual)
 
 
+def joined(*layers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one linear layer that gives what ``layers`` give, one behind the other."""
+    # joined anew at each call: a copy that is kept would go stale where somebody writes into .data
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
+
+
 class FastMlp(Accelerated, Mlp):
     """Two linear layers; a family says where the library has them."""
 
@@ -167,17 +211,7 @@ class FastMlp(Accelerated, Mlp):
             return y
         return super().branch(x)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+    branch = own_or_fused_branch
 
 
 class FeedForward:
@@ -195,7 +229,10 @@ class PackedAttention(Accelerated, Attention):
     _fastvr_accelerates = Attention
     runs = "linear, attention, linear (in a block: with LayerScale and residual)"
     part_names = ("qkv", "proj")
-    required = ("qkv", "proj", "attn_drop", "proj_drop", "num_heads", "head_dim", "scale")
+    required = (
+        *("qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop"),
+        *("num_heads", "head_dim", "scale"),
+    )
 
     def separate(self) -> bool:
         """Whether only the library's own forward, or a call of what was put in place, computes what it is."""
@@ -203,17 +240,7 @@ class PackedAttention(Accelerated, Attention):
         dropping = self.training and getattr(self.attn_drop, "p", 0) > 0
         return dropping or not idle(self.attn_drop) or not ordinary_linear(self.qkv, self.proj)
 
-    def branch(
-        self,
-        x: torch.Tensor,
-        norm: nn.Module | None = None,
-        gamma: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self.separate():
-            normed = x if norm is None else layer_norm(norm, x)
-            return join(self.own_forward(normed), gamma, residual)
-        return super().branch(x, norm, gamma, residual)
+    branch = own_or_fused_branch
 
 
 class SplitAttention(Accelerated):
@@ -271,14 +298,7 @@ class SplitAttention(Accelerated):
         if self.separate():
             normed = x if norm is None else layer_norm(norm, x)
             return join(self.own_forward(normed)[0], gamma, residual)
-        projections: tuple[Any, ...] = (self.q_proj, self.k_proj, self.v_proj)
-        # joined anew at each call: a copy that is kept would go stale where somebody writes into .data
-        weight = torch.cat([projection.weight for projection in projections])
-        biases = [projection.bias for projection in projections]
-        bias = None
-        if any(b is not None for b in biases):
-            width = weight.shape[0] // 3
-            bias = torch.cat([weight.new_zeros(width) if b is None else b for b in biases])
+        weight, bias = joined(self.q_proj, self.k_proj, self.v_proj)
         output: Any = getattr(self, self.output_name)
         num_heads, scale = getattr(self, self.heads_name), getattr(self, self.scale_name)
         return attend(x, norm, weight, bias, output, num_heads, scale, gamma, residual)

@@ -83,7 +83,7 @@ class MultiheadAttention(Accelerated):
                 is_causal=is_causal,
             )
             return result
-        return (self.branch(query) if query is key else self._across(query, key)), None
+        return (self.branch(query) if query is key else self.across(query, key)), None
 
     def branch(
         self,
@@ -104,7 +104,8 @@ class MultiheadAttention(Accelerated):
         y = self._samples_first(attention(qkv, self.num_heads))
         return linear(y, self.out_proj.weight, self.out_proj.bias, gamma=gamma, residual=residual)
 
-    def _across(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def across(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Attention of ``query`` over ``key``, both in the module's order of dimensions."""
         sizes = [self.embed_dim, 2 * self.embed_dim]
         q_weight, kv_weight = self.in_proj_weight.split(sizes)
         q_bias, kv_bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(sizes)

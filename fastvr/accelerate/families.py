@@ -22,7 +22,10 @@ _TIMM = {
     "layers.attention.Attention": timm.TimmAttention,
     "models.vision_transformer.Attention": timm.TimmAttention,
     "layers.mlp.Mlp": timm.TimmMlp,
+    "layers.mlp.GluMlp": timm.TimmGlu,
+    "layers.mlp.SwiGLU": timm.TimmSplitGlu,
     "models.vision_transformer.Block": timm.TimmBlock,
+    "layers.attention_pool.AttentionPoolLatent": timm.TimmAttentionPool,
     "models.eva.EvaBlock": timm.TimmEvaBlock,
     "models.resnet.BasicBlock": timm.TimmBasicBlock,
     "models.resnet.Bottleneck": timm.TimmBottleneck,
@@ -50,6 +53,7 @@ def _transformers(
     }
 
 
+_REGISTERS = "dinov2_with_registers.modeling_dinov2_with_registers"
 _TRANSFORMERS = {
     **_transformers("vit", "ViT", transformers.ViTLayer),
     **_transformers("deit", "DeiT", transformers.ViTLayer),
@@ -61,6 +65,10 @@ _TRANSFORMERS = {
     **_transformers("siglip", "Siglip", transformers.ClipLayer, "Encoder"),
     **_transformers("siglip2", "Siglip2", transformers.ClipLayer, "Encoder"),
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": transformers.Dinov3Layer,
+    "siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead": transformers.SiglipPool,
+    "dinov2.modeling_dinov2.Dinov2SwiGLUFFN": transformers.TransformersGlu,
+    f"{_REGISTERS}.Dinov2WithRegistersSwiGLUFFN": transformers.TransformersGlu,
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTGatedMLP": transformers.TransformersGlu,
     "dinov3_vit.modeling_dinov3_vit.DINOv3ViTMLP": transformers.Dinov3Mlp,
     "resnet.modeling_resnet.ResNetConvLayer": transformers.ConvLayer,
     "resnet.modeling_resnet.ResNetShortCut": transformers.ConvLayer,

@@ -7,9 +7,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import FastMlp, PackedAttention, fusable, passes, residual_branch
+from fastvr.accelerate.blocks import (
+    FastMlp,
+    PackedAttention,
+    fusable,
+    ordinary_linear,
+    passes,
+    residual_branch,
+)
+from fastvr.accelerate.glu import FastGlu, SplitGlu
 from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes
+from fastvr.nn.attention_pool import AttentionPoolLatent
 from fastvr.nn.conv_bn_relu import conv_bn_relu
 from fastvr.nn.plain import idle, plain
 from fastvr.nn.stem import stem
@@ -18,8 +27,11 @@ from fastvr.nn.stem import stem
 class TimmAttention(PackedAttention):
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        if _optional(module, "q_norm", "k_norm", "norm"):
-            return "it normalises queries and keys, or its result: attention stays PyTorch's"
+        if _optional(module, "norm"):
+            return "it normalises its result: attention stays PyTorch's"
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        if not all(idle(norm) or isinstance(norm, nn.LayerNorm) for norm in norms if norm is not None):
+            return "it normalises queries and keys otherwise than LayerNorm: attention stays PyTorch's"
         return (
             "it has a gate: attention stays PyTorch's" if getattr(module, "gate", None) is not None else None
         )
@@ -57,6 +69,69 @@ class TimmMlp(FastMlp):
 
     def separate(self) -> bool:
         return super().separate() or _optional(self, "norm")
+
+
+class TimmGlu(FastGlu):
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if _optional(module, "norm"):
+            return "it normalises between its layers"
+        if getattr(module, "gate_last", False) or not plain(getattr(module, "act", module), nn.SiLU):
+            return "it is gated otherwise than SwiGLU"
+        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+
+    def separate(self) -> bool:
+        return super().separate() or type(self).refusal(self) is not None
+
+
+class TimmSplitGlu(SplitGlu):
+    names = required = ("fc1_g", "fc1_x", "fc2")
+    act_name = "act"
+    drop_names = ("drop1", "drop2")
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        return "it normalises between its layers" if _optional(module, "norm") else None
+
+    def separate(self) -> bool:
+        return super().separate() or _optional(self, "norm")
+
+
+class TimmAttentionPool(Accelerated, AttentionPoolLatent):
+    _fastvr_accelerates = AttentionPoolLatent
+    runs = "linear, attention_kv, linear, layernorm_mlp with the residual"
+    part_names = ("q", "kv", "proj", "norm")
+    required = ("latent", "q", "kv", "proj", "proj_drop", "norm", "mlp", "num_heads", "scale", "pool")
+
+    pool: str
+    proj_drop: nn.Module
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if _optional(module, "q_norm", "k_norm"):
+            return "it normalises queries and keys: attention stays PyTorch's"
+        if getattr(module, "pos_embed", None) is not None or getattr(module, "latent_len", 1) != 1:
+            return "it has positions, or several queries"
+        usual = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("q", "kv", "proj"))
+        return (
+            None if usual and getattr(module, "mlp", None) is not None else "it lacks projections or its MLP"
+        )
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if (
+            attn_mask is not None
+            or not takes(x, getattr(self.kv, "weight", None))
+            or x.dim() != 3
+            or self.pool != "token"
+            or not passes(self.proj_drop)
+            or not ordinary_linear(self.q, self.kv, self.proj)
+            or type(self).refusal(self) is not None
+        ):
+            given = {} if attn_mask is None else {"attn_mask": attn_mask}
+            y: torch.Tensor = self.own_forward(x, **given)
+            return y
+        y = self.attended(x)[:, None]
+        return residual_branch(y, self.norm, self.mlp, None, None)[:, 0]
 
 
 class TimmBlock(Accelerated):

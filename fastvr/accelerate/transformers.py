@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import IDENTITY, FastMlp, SplitAttention, fusable, given, residual_branch
+from fastvr.accelerate.blocks import (
+    IDENTITY,
+    FastMlp,
+    SplitAttention,
+    fusable,
+    given,
+    residual_branch,
+)
+from fastvr.accelerate.encoder import MultiheadAttention
+from fastvr.accelerate.glu import SplitGlu
 from fastvr.accelerate.maps import MAPS, FastBasicBlock, FastBottleneck, conv_bn_act, run_blocks, takes_map
 from fastvr.accelerate.swap import Accelerated, takes, unobserved
 from fastvr.nn.plain import idle, plain
@@ -86,6 +95,41 @@ class Dinov3Layer(Dinov2Layer):
     """DINOv3's attention has rotary positions, and stays PyTorch's."""
 
     runs = "layer_norm, its attention in PyTorch, layernorm_mlp with LayerScale and the residual"
+
+
+class SiglipPool(Accelerated):
+    """SigLIP's attention pooling; its attention is asked for weights that nobody reads."""
+
+    runs = "its attention (linear, attention_kv, linear), layernorm_mlp with the residual"
+    part_names = ("layernorm",)
+    required = ("probe", "attention", "layernorm", "mlp")
+
+    probe: torch.Tensor
+    attention: nn.Module
+    layernorm: nn.Module
+    mlp: nn.Module
+
+    def forward(self, hidden_state: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attention, x = self.attention, hidden_state
+        if (
+            args
+            or any(map(given, kwargs.values()))
+            or not isinstance(attention, MultiheadAttention)
+            or not unobserved(attention)
+            or attention.separate()
+            or not attention.batch_first
+            or not takes(x, attention.in_proj_weight)
+            or x.dim() != 3
+        ):
+            y: torch.Tensor = self.own_forward(hidden_state, *args, **kwargs)
+            return y
+        y = attention.across(self.probe.expand(x.shape[0], -1, -1), x)
+        return residual_branch(y, self.layernorm, self.mlp, None, None)[:, 0]
+
+
+class TransformersGlu(SplitGlu):
+    names = required = ("gate_proj", "up_proj", "down_proj")
+    act_name = "act_fn"
 
 
 class Dinov3Mlp(TransformersMlp):

@@ -27,11 +27,18 @@ class Model(nn.Module):
 
     generation: int = 0
     in_chans: int
+    num_classes: int
     preprocessing: Preprocessing | None = None
     """How its images were prepared in training, where the checkpoint said so."""
     grad_checkpointing: bool = False
+    # what pretrained_cfg says of the family: the first convolution, the classifier, pixels to a last feature
+    _first_conv: str
+    _classifier: str | tuple[str, ...]
+    _stride: int | None = None
     # what other libraries call an argument, and what it is called here
     other_names: ClassVar[Mapping[str, str]] = {}
+    # and what there is not here, with what holds instead
+    absent: ClassVar[Mapping[str, str]] = {}
     # (mean, std) of uint8 images; plain numbers, since a buffer would be rounded by .bfloat16()
     _moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
@@ -39,6 +46,8 @@ class Model(nn.Module):
         for name in arguments:
             if (ours := cls.other_names.get(name)) is not None:
                 raise TypeError(f"{cls.__name__}: there is no argument {name!r}; it is called {ours} here")
+            if (instead := cls.absent.get(name)) is not None:
+                raise TypeError(f"{cls.__name__}: there is no argument {name!r}: {instead}")
         return super().__new__(cls)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -53,6 +62,39 @@ class Model(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return recomputed(function, x, block)
         return function(x)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What timm's tools ask of a model (``timm.data.resolve_model_data_config``): its images, and the
+        names of its first and last layer, as they are now. How images are prepared is in it where that is
+        known: from :attr:`preprocessing`, or mean and deviation from :meth:`normalize_images`."""
+        how = self.preprocessing
+        known = {} if how is None else how.for_timm()
+        if how is None and self._moments is not None:
+            known = {"mean": self._moments[0], "std": self._moments[1]}
+        side = 224 if how is None else how.size
+        # a ViT's; a ResNet takes every size
+        fixed: tuple[int, int] | None = getattr(self, "img_size", None)
+        height, width = fixed or (side, side)
+        stride = self._stride
+        return {
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()},
+            "num_classes": self.num_classes,
+            "input_size": (self.in_chans, height, width),
+            "fixed_input_size": fixed is not None and not getattr(self, "dynamic_img_size", False),
+            "pool_size": None if stride is None else (-(-height // stride), -(-width // stride)),
+            "first_conv": self._first_conv,
+            "classifier": self._classifier,
+        }
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """Another name of :attr:`pretrained_cfg`."""
+        return self.pretrained_cfg
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimisers leave without weight decay, besides biases and norms."""
+        return set()
 
     def normalize_images(self, mean: float | Sequence[float], std: float | Sequence[float]) -> Self:
         """Take uint8 images, as decoders give them, as ``(x / 255 - mean) / std``.

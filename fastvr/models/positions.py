@@ -1,9 +1,30 @@
-"""Learned position embeddings for another grid of patches."""
+"""Sizes of images and patches, and learned position embeddings for another grid of them."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+def image_and_patch(
+    img_size: int | tuple[int, int], patch_size: int | tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Both as (height, width).
+
+    Raises:
+        ValueError: a size that is none, or images smaller than a patch.
+    """
+    image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
+    if image[0] < patch[0] or image[1] < patch[1]:
+        raise ValueError(f"ViT: img_size must be at least patch_size {patch}; got {image}")
+    return image, patch
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or min(both) < 1:
+        raise ValueError(f"ViT: {name} must be one or two positive integers; got {value!r}")
+    return both
 
 
 def resample(

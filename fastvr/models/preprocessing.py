@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -25,3 +26,18 @@ class Preprocessing(NamedTuple):
     def at(self, size: int) -> Preprocessing:
         """The same for images of another size."""
         return self._replace(size=size, resize=round(self.resize * size / self.size))
+
+    def for_timm(self) -> dict[str, Any]:
+        """As a part of timm's ``pretrained_cfg``."""
+        share = self.size / self.resize
+        # timm resizes to size / crop_pct, rounded down: 224 / (224 / 400) is 399.99...
+        if math.floor(self.size / share) < self.resize:
+            share = math.nextafter(share, 0)
+        return {
+            "input_size": [len(self.mean), self.size, self.size],
+            "interpolation": self.interpolation,
+            "crop_pct": share,
+            "crop_mode": "squash" if self.squash else "center",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }

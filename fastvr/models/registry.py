@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     model: type[Model]
     arguments: dict[str, Any]
     tag: str | None = None
-    """The weights that timm takes by default: the hub has them as timm/<name>.<tag>."""
+    """The weights that timm takes by default; :func:`repository` says where the hub has them."""
 
 
 _TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}
@@ -30,22 +30,42 @@ _SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 _MEDIUM = {"embed_dim": 512, "depth": 12, "num_heads": 8}
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_WEE = {"embed_dim": 256, "depth": 14, "num_heads": 4, "mlp_ratio": 5}
+_LITTLE: dict[str, Any] = {"embed_dim": 320, "depth": 14, "num_heads": 5, "mlp_ratio": 5.6}
+_BETWIXT = {"embed_dim": 640, "depth": 12, "num_heads": 10}
+_PLUS = {"embed_dim": 896, "depth": 12, "num_heads": 14}
+_SO150M: dict[str, Any] = {"embed_dim": 896, "depth": 18, "num_heads": 14, "mlp_ratio": 2.572}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
 _GIANT: dict[str, Any] = {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11}
 _GIGANTIC: dict[str, Any] = {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13}
+_GIANT2: dict[str, Any] = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "act": "swiglu"}
 _GIANTOPT: dict[str, Any] = {"embed_dim": 1536, "depth": 40, "num_heads": 16}
 _SO400M: dict[str, Any] = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362}
 
 _GAP = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 _FEATURES: dict[str, Any] = {"num_classes": 0}
+_MAP: dict[str, Any] = {"class_token": False, "global_pool": "map", **_FEATURES}
+_MAP_TANH = {**_MAP, "act": "gelu_tanh"}
 _SIGLIP = {**_GAP, **_FEATURES}
 _SIGLIP_TANH = {**_SIGLIP, "act": "gelu_tanh"}
 _DINOV2: dict[str, Any] = {**_FEATURES, "img_size": 518, "init_values": 1e-5}
-_DINOV2_REG = {**_DINOV2, "reg_tokens": 4, "no_embed_class": True}
+_DINOV2_REG = {**_DINOV2, "no_embed_class": True}
+_TIPS: dict[str, Any] = {**_FEATURES, "img_size": 448, "init_values": 1.0, "no_embed_class": True}
+_NO_NORM: dict[str, Any] = {**_FEATURES, "final_norm": False}
+_RADIO = {**_NO_NORM, "img_size": 512, "no_embed_class": True}
+# timm's own small ones: average pooling, with registers or without
+_REG = {"class_token": False, "global_pool": "avg", "init_values": 1e-5, "no_embed_class": True}
+_SO150M_REG = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+_MEDIUM_GAP = {**_MEDIUM, **_GAP, "qkv_bias": False, "init_values": 1e-6}
+_FLEXI: dict[str, Any] = {"patch_size": 16, "img_size": 240, "no_embed_class": True}
 _CLIP: dict[str, Any] = {"pre_norm": True, "norm_eps": 1e-5}
+_QUICK = {**_CLIP, "act": "quick_gelu"}
 _DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 
-# A name says patch and image size; the table what it does not say.
+_SO150M2: dict[str, Any] = {"embed_dim": 832, "depth": 21, "num_heads": 13, "mlp_ratio": 34 / 13}
+_SO150M2_REG = {**_SO150M2, **_REG, "qkv_bias": False, "no_embed_class": False}
+
+# A name says patch, image size and registers; the table what it does not say.
 _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_tiny_patch16_224": (_TINY, "augreg_in21k_ft_in1k"),
     "vit_tiny_patch16_384": (_TINY, "augreg_in21k_ft_in1k"),
@@ -67,6 +87,16 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_huge_patch14_224": ({**_HUGE, **_FEATURES}, "orig_in21k"),
     "vit_giant_patch14_224": (_GIANT, None),
     "vit_gigantic_patch14_224": (_GIGANTIC, None),
+    "vit_small_patch16_36x1_224": ({**_SMALL, "depth": 36, "init_values": 1e-5}, None),
+    "vit_base_patch16_plus_240": ({**_PLUS, "init_values": 1e-5}, None),
+    "vit_base_patch32_plus_256": ({**_PLUS, "init_values": 1e-5}, None),
+    "vit_base_patch16_224_miil": ({**_BASE, "qkv_bias": False, "num_classes": 11221}, "in21k"),
+    "flexivit_small": ({**_SMALL, **_FLEXI}, "1200ep_in1k"),
+    "flexivit_base": ({**_BASE, **_FLEXI}, "1200ep_in1k"),
+    "flexivit_large": ({**_LARGE, **_FLEXI}, "1200ep_in1k"),
+    "eva_large_patch14_196": ({**_LARGE, "global_pool": "avg"}, "in22k_ft_in22k_in1k"),
+    "eva_large_patch14_336": ({**_LARGE, "global_pool": "avg"}, "in22k_ft_in22k_in1k"),
+    "vit_giant_patch16_gap_224": ({**_GIANT, **_SIGLIP}, None),
     "vit_huge_patch14_gap_224": ({**_HUGE, **_SIGLIP}, None),
     "vit_huge_patch16_gap_448": ({**_HUGE, **_SIGLIP}, None),
     "vit_base_patch16_siglip_gap_224": ({**_BASE, **_SIGLIP}, "v2_webli"),
@@ -79,6 +109,7 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_large_patch16_siglip_gap_512": ({**_LARGE, **_SIGLIP_TANH}, "v2_webli"),
     "vit_so400m_patch14_siglip_gap_224": ({**_SO400M, **_SIGLIP}, "v2_webli"),
     "vit_so400m_patch14_siglip_gap_378": ({**_SO400M, **_SIGLIP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_gap_384": ({**_SO400M, **_SIGLIP}, "webli"),
     "vit_so400m_patch14_siglip_gap_448": ({**_SO400M, **_SIGLIP}, "pali_mix"),
     "vit_so400m_patch14_siglip_gap_896": ({**_SO400M, **_SIGLIP}, "pali_pt"),
     "vit_so400m_patch16_siglip_gap_256": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
@@ -86,7 +117,31 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_so400m_patch16_siglip_gap_512": ({**_SO400M, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_256": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
     "vit_giantopt_patch16_siglip_gap_384": ({**_GIANTOPT, **_SIGLIP_TANH}, "v2_webli"),
-    # CLIP's with exact GELU; OpenAI's own have another one
+    "vit_base_patch16_siglip_224": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_256": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_384": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch16_siglip_512": ({**_BASE, **_MAP}, "v2_webli"),
+    "vit_base_patch32_siglip_256": ({**_BASE, **_MAP_TANH}, "v2_webli"),
+    "vit_large_patch16_siglip_256": ({**_LARGE, **_MAP}, "v2_webli"),
+    "vit_large_patch16_siglip_384": ({**_LARGE, **_MAP}, "v2_webli"),
+    "vit_large_patch16_siglip_512": ({**_LARGE, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch14_siglip_224": ({**_SO400M, **_MAP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_378": ({**_SO400M, **_MAP}, "v2_webli"),
+    "vit_so400m_patch14_siglip_384": ({**_SO400M, **_MAP}, "webli"),
+    "vit_so400m_patch16_siglip_256": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch16_siglip_384": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_so400m_patch16_siglip_512": ({**_SO400M, **_MAP_TANH}, "v2_webli"),
+    "vit_giantopt_patch16_siglip_256": ({**_GIANTOPT, **_MAP_TANH}, "v2_webli"),
+    "vit_giantopt_patch16_siglip_384": ({**_GIANTOPT, **_MAP_TANH}, "v2_webli"),
+    # CLIP's with exact GELU
+    "vit_xsmall_patch16_clip_224": (
+        {**_WEE, **_CLIP, "depth": 10, "mlp_ratio": 4, "num_classes": 512},
+        "tinyclip_yfcc15m",
+    ),
+    "vit_medium_patch16_clip_224": ({**_MEDIUM, **_CLIP, "num_classes": 512}, "tinyclip_yfcc15m"),
+    "vit_medium_patch32_clip_224": ({**_MEDIUM, **_CLIP, "num_classes": 512}, "tinyclip_laion400m"),
+    "vit_betwixt_patch32_clip_224": ({**_BETWIXT, **_CLIP, "num_classes": 512}, "tinyclip_laion400m"),
+    "vit_base_patch16_plus_clip_240": ({**_PLUS, **_CLIP, "num_classes": 640}, "laion400m_e32"),
     "vit_base_patch32_clip_224": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
     "vit_base_patch32_clip_256": ({**_BASE, **_CLIP, "num_classes": 512}, "datacompxl"),
     "vit_base_patch32_clip_384": ({**_BASE, **_CLIP}, "laion2b_ft_in12k_in1k"),
@@ -101,12 +156,65 @@ _VITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "vit_giant_patch14_clip_224": ({**_GIANT, **_CLIP, "num_classes": 1024}, "laion2b"),
     "vit_gigantic_patch14_clip_224": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "laion2b"),
     "vit_gigantic_patch14_clip_378": ({**_GIGANTIC, **_CLIP, "num_classes": 1280}, "metaclip2_worldwide"),
+    # and with OpenAI's own
+    "vit_base_patch32_clip_quickgelu_224": ({**_BASE, **_QUICK, "num_classes": 512}, "laion400m_e32"),
+    "vit_base_patch16_clip_quickgelu_224": ({**_BASE, **_QUICK, "num_classes": 512}, "metaclip_2pt5b"),
+    "vit_large_patch14_clip_quickgelu_224": ({**_LARGE, **_QUICK, "num_classes": 768}, "dfn2b"),
+    "vit_large_patch14_clip_quickgelu_336": ({**_LARGE, **_QUICK, "num_classes": 768}, "openai"),
+    "vit_huge_patch14_clip_quickgelu_224": ({**_HUGE, **_QUICK, "num_classes": 1024}, "dfn5b"),
+    "vit_huge_patch14_clip_quickgelu_378": ({**_HUGE, **_QUICK, "num_classes": 1024}, "dfn5b"),
+    "vit_gigantic_patch14_clip_quickgelu_224": (
+        {**_GIGANTIC, **_QUICK, "num_classes": 1280},
+        "metaclip_2pt5b",
+    ),
     "vit_small_patch14_dinov2": ({**_SMALL, **_DINOV2}, "lvd142m"),
     "vit_base_patch14_dinov2": ({**_BASE, **_DINOV2}, "lvd142m"),
     "vit_large_patch14_dinov2": ({**_LARGE, **_DINOV2}, "lvd142m"),
+    "vit_giant_patch14_dinov2": ({**_GIANT2, **_DINOV2, "mlp_ratio": 2.66667 * 2}, "lvd142m"),
     "vit_small_patch14_reg4_dinov2": ({**_SMALL, **_DINOV2_REG}, "lvd142m"),
     "vit_base_patch14_reg4_dinov2": ({**_BASE, **_DINOV2_REG}, "lvd142m"),
     "vit_large_patch14_reg4_dinov2": ({**_LARGE, **_DINOV2_REG}, "lvd142m"),
+    "vit_giant_patch14_reg4_dinov2": ({**_GIANT2, **_DINOV2_REG, "mlp_ratio": 2.66667 * 2}, "lvd142m"),
+    "vit_intern300m_patch14_448": (
+        {**_LARGE, **_NO_NORM, "init_values": 0.1, "dynamic_img_size": True},
+        "ogvl_dist",
+    ),
+    "vit_base_patch16_radio_v3": ({**_BASE, **_RADIO, "reg_tokens": 7, "init_values": 1e-5}, "c_radio"),
+    "vit_large_patch16_radio_v3": ({**_LARGE, **_RADIO, "reg_tokens": 7, "init_values": 1e-5}, "c_radio"),
+    "vit_huge_patch16_radio_v3": ({**_HUGE, **_RADIO, "reg_tokens": 7}, "c_radio"),
+    "vit_huge_patch16_radio_v4": ({**_HUGE, **_RADIO, "reg_tokens": 9}, "c_radio"),
+    "vit_giant_patch16_radio_v3": ({**_GIANTOPT, **_RADIO, "num_heads": 24, "reg_tokens": 7}, "c_radio"),
+    "vit_so400m_patch16_radio_v4": (
+        {**_SO400M, **_RADIO, "mlp_ratio": 4304 / 1152, "reg_tokens": 9},
+        "c_radio",
+    ),
+    "vit_base_patch14_reg1_tipsv2": ({**_BASE, **_TIPS}, "webli"),
+    "vit_large_patch14_reg1_tipsv2": ({**_LARGE, **_TIPS}, "webli"),
+    "vit_so400m_patch14_reg1_tipsv2": ({**_SO400M, **_TIPS, "mlp_ratio": 4304 / 1152}, "webli"),
+    "vit_giant_patch14_reg1_tipsv2": ({**_GIANT2, **_TIPS, "mlp_ratio": 2.66667 * 2}, "webli"),
+}
+_SBB: dict[str, tuple[dict[str, Any], str | None]] = {
+    "vit_wee_patch16_reg1_gap_256": ({**_WEE, **_REG}, "sbb_in1k"),
+    "vit_little_patch16_reg1_gap_256": ({**_LITTLE, **_REG}, "sbb_in12k_ft_in1k"),
+    "vit_little_patch16_reg4_gap_256": ({**_LITTLE, **_REG}, "sbb_in1k"),
+    "vit_medium_patch16_gap_240": ({**_MEDIUM_GAP, "num_classes": 11821}, "sw_in12k"),
+    "vit_medium_patch16_gap_256": (_MEDIUM_GAP, "sw_in12k_ft_in1k"),
+    "vit_medium_patch16_gap_384": (_MEDIUM_GAP, "sw_in12k_ft_in1k"),
+    "vit_medium_patch16_reg1_gap_256": ({**_MEDIUM, **_REG}, "sbb_in1k"),
+    "vit_medium_patch16_reg4_gap_256": ({**_MEDIUM, **_REG}, "sbb_in12k_ft_in1k"),
+    "vit_mediumd_patch16_reg4_gap_256": ({**_MEDIUM, **_REG, "depth": 20}, "sbb2_e200_in12k_ft_in1k"),
+    "vit_mediumd_patch16_reg4_gap_384": ({**_MEDIUM, **_REG, "depth": 20}, "sbb2_e200_in12k_ft_in1k"),
+    "vit_betwixt_patch16_gap_256": ({**_BETWIXT, **_GAP, "qkv_bias": False, "init_values": 1e-6}, None),
+    "vit_betwixt_patch16_reg1_gap_256": ({**_BETWIXT, **_REG}, "sbb_in1k"),
+    "vit_betwixt_patch16_reg4_gap_256": ({**_BETWIXT, **_REG}, "sbb2_e200_in12k_ft_in1k"),
+    "vit_betwixt_patch16_reg4_gap_384": ({**_BETWIXT, **_REG}, "sbb2_e200_in12k_ft_in1k"),
+    "vit_base_patch16_reg4_gap_256": ({**_BASE, **_REG, "init_values": None}, None),
+    "vit_so150m_patch16_reg4_gap_256": ({**_SO150M, **_SO150M_REG}, "sbb_e250_in12k_ft_in1k"),
+    "vit_so150m_patch16_reg4_gap_384": ({**_SO150M, **_SO150M_REG}, "sbb_e250_in12k_ft_in1k"),
+    "vit_so150m_patch16_reg4_map_256": ({**_SO150M, **_MAP, "num_classes": 1000}, None),
+    "vit_so150m2_patch16_reg1_gap_256": (_SO150M2_REG, "sbb_e200_in12k_ft_in1k"),
+    "vit_so150m2_patch16_reg1_gap_384": (_SO150M2_REG, "sbb_e200_in12k_ft_in1k"),
+    "vit_so150m2_patch16_reg1_gap_448": (_SO150M2_REG, "sbb_e200_in12k_ft_in1k"),
 }
 _DEITS: dict[str, tuple[dict[str, Any], str | None]] = {
     "deit_tiny_patch16_224": (_TINY, "fb_in1k"),
@@ -170,9 +278,9 @@ _RESNETS: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 def _vit(name: str, arguments: dict[str, Any], tag: str | None) -> Entry:
-    sizes = {"patch_size": int(re.findall(r"patch(\d+)", name)[0])}
-    if image := re.findall(r"_(\d+)$", name):
-        sizes["img_size"] = int(image[0])
+    written = {"patch_size": r"patch(\d+)", "img_size": r"_(\d+)$", "reg_tokens": r"_reg(\d)_"}
+    found = {argument: re.findall(pattern, name) for argument, pattern in written.items()}
+    sizes = {argument: int(numbers[0]) for argument, numbers in found.items() if numbers}
     return Entry(DistilledViT if "distilled" in name else ViT, {**sizes, **arguments}, tag)
 
 
@@ -183,7 +291,7 @@ def _resnet(name: str, arguments: dict[str, Any], tag: str | None) -> Entry:
 
 MODELS: dict[str, Entry] = {
     **{name: Entry(ViT, dict(arguments)) for name, arguments in VIT_PRESETS.items()},
-    **{name: _vit(name, *row) for name, row in (_VITS | _DEITS).items()},
+    **{name: _vit(name, *row) for name, row in (_VITS | _SBB | _DEITS).items()},
     **{name: _resnet(name, *row) for name, row in _RESNETS.items()},
 }
 assert MODELS.keys() >= RESNET_PRESETS.keys()
@@ -209,6 +317,12 @@ def find(name: str) -> Entry:
             f"{len(MODELS)}); got {name!r}{hint}"
         )
     return MODELS[name]
+
+
+def repository(name: str, tag: str) -> str:
+    """Where the hub has timm's weights ``tag`` of the model ``name``."""
+    # published under the name without its activation
+    return f"timm/{name.replace('_quickgelu', '')}.{tag}"
 
 
 def build_model(name: str, **overrides: Any) -> Model:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model, check_image
-from fastvr.models._other_names import RESNET_NAMES
-from fastvr.nn.head import classify_map
+from fastvr.models._other_names import RESNET_ABSENT, RESNET_NAMES
+from fastvr.models.features import check_output_fmt, take_indices
+from fastvr.nn.head import classify_map, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
-from fastvr.nn.stem import stem
+from fastvr.nn.stem import stem, stem_map
 
 
 class ResNet(Model):
@@ -36,7 +37,7 @@ class ResNet(Model):
         global_pool: "avg", or "" for the feature map, which takes ``num_classes=0``.
     """
 
-    other_names = RESNET_NAMES
+    other_names, absent = RESNET_NAMES, RESNET_ABSENT
 
     def __init__(
         self,
@@ -67,6 +68,17 @@ class ResNet(Model):
         self.in_chans = in_chans
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = 8 * width * block.expansion
+        # as timm's FeatureInfo takes them
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": width, "reduction": 2, "module": "relu"},
+            *(
+                {"num_chs": 2**i * width * block.expansion, "reduction": 4 * 2**i, "module": f"layer{i + 1}"}
+                for i in range(4)
+            ),
+        ]
+        self.default_out_indices: int | tuple[int, ...] = (0, 1, 2, 3, 4)
+        self._first_conv = "conv1" if stem_width is None else "conv1.0"
+        self._classifier, self._stride = "fc", 32
 
         self.conv1: nn.Module
         if stem_width is None:
@@ -114,17 +126,94 @@ class ResNet(Model):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last stage's map, [N, num_features, H / 32, W / 32]; ``x`` as for :meth:`forward`."""
+        return self._run(x)[0]
+
+    def _run(
+        self, x: torch.Tensor, taken: Sequence[int] = (), last: int = 4
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The map of stage ``last``, and on the way there those of the stages ``taken`` (0: the stem)."""
         first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         dtype = check_image(self, x, None, first)
         moments = self.image_moments(x, dtype)
-        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        maps: list[torch.Tensor] = []
+        if 0 in taken:
+            x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
+            maps.append(x)
+            x = pool_map(self.maxpool, x)
+        else:
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for i, stage in enumerate(stages[:last], 1):
             if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
                 for block in stage:
                     x = self.run_block(block, x, block)
             else:
                 x = run_stage(stage, x)
-        return x
+            if i in taken:
+                maps.append(x)
+        return x, maps
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What :meth:`forward_features` gives, and the maps of chosen stages; timm's method.
+
+        Args:
+            x: as for :meth:`forward`.
+            indices: 0 for the stem's map before it is pooled, 1 to 4 for the stages'; the last n, or these,
+                or (None) all.
+            norm: changes nothing: there is no last norm.
+            stop_early: run no stage behind the last of ``indices``; the features are then of that one.
+            output_fmt: "NCHW".
+            intermediates_only: without the features.
+
+        Returns:
+            (features, maps from the front), or the maps alone.
+
+        Raises:
+            ValueError: an argument that does not fit; the message names it.
+        """
+        taken = take_indices("ResNet", "indices", indices, len(self.feature_info))
+        check_output_fmt("ResNet", output_fmt, ("NCHW",))
+        # nobody reads what comes later, but in training it moves its running statistics
+        stop_early = stop_early or (intermediates_only and not self.training)
+        y, maps = self._run(x, taken, max(taken) if stop_early else 4)
+        return maps if intermediates_only else (y, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take off what :meth:`forward_intermediates` does not need for ``indices``; timm's method.
+
+        Args:
+            indices: as there.
+            prune_norm: changes nothing: there is no last norm.
+            prune_head: pooling and classifier too; they always go with the last stage.
+
+        Returns:
+            The indices, counted from the stem.
+
+        Raises:
+            ValueError: there are no such maps; the model stays as it was.
+        """
+        taken = take_indices("ResNet", "indices", indices, len(self.feature_info))
+        last = max(taken)
+        for name in ("layer1", "layer2", "layer3", "layer4")[last:]:
+            setattr(self, name, nn.Sequential().train(self.training))
+        if last == 0:
+            self.maxpool = nn.Identity().train(self.training)
+        if last < 4:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < 4:
+            self.reset_classifier(0, "")
+        self.changed()
+        return taken
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the pooled features."""
@@ -134,9 +223,17 @@ class ResNet(Model):
             return torch.flatten(self.avgpool(x), 1)
         return classify_map(self.avgpool, self.fc, x)
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer, or an identity."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The last linear layer, or an identity; or its name."""
+        return "fc" if name_only else self.fc
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which layer a parameter belongs to, for layer-wise learning rates, as timm's optimisers read it:
+        the stem, each block (``coarse``: each stage), the classifier."""
+        return {
+            "stem": r"^(?:conv1|bn1|maxpool)",
+            "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)",
+        }
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for ``num_classes`` (0: an identity); ``global_pool`` None leaves the pooling."""

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvr.models._model import Model, check_image
-from fastvr.models._other_names import VIT_NAMES
-from fastvr.models.positions import resample
+from fastvr.models._model import check_image
+from fastvr.models._other_names import VIT_ABSENT, VIT_NAMES
+from fastvr.models.positions import image_and_patch, resample
+from fastvr.models.vit_features import ViTFeatures
+from fastvr.nn.attention_pool import AttentionPoolLatent
 from fastvr.nn.block import Block
 from fastvr.nn.head import classify_tokens, pool_tokens
+from fastvr.nn.mlp import ACTIVATIONS
 from fastvr.nn.patch_embed import PatchEmbed, add_tokens
 from fastvr.nn.plain import layer_norm, plain, plain_norm
 from fastvr.reference.image import normalize
 
-_POOLS = ("token", "avg", "")
+_POOLS = ("token", "avg", "map", "")
 
 
-class ViT(Model):
+class ViT(ViTFeatures):
     """A Vision Transformer; the state-dict keys are those of timm's ``VisionTransformer``.
 
     ``norm_first=False, act="relu", norm_eps=1e-5`` is the kind that a plain ``nn.TransformerEncoder`` makes.
 
     Args:
         img_size: height and width of the images, one number or a pair.
-        patch_size: height and width of a patch; divides ``img_size``.
+        patch_size: height and width of a patch. What is left of ``img_size`` to the right and below is not
+            read (SigLIP's 384 pixels in patches of 14).
         in_chans: channels of the images.
         num_classes: logits; 0 for none (the head is an identity).
         embed_dim: width of the tokens, a multiple of ``num_heads``.
         depth: number of blocks.
         num_heads: heads of each attention.
-        mlp_ratio: the MLP's hidden width over ``embed_dim``.
+        mlp_ratio: the MLP's hidden width over ``embed_dim``; with "swiglu" that of both halves together.
         qkv_bias: whether query, key and value have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself.
         init_values: first value of LayerScale; None for no LayerScale.
-        global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), or every
-            token ("").
+        global_pool: what the head reads: the class token ("token"), the mean of the patches ("avg"), what a
+            learnt query reads of the patches ("map", SigLIP), or every token ("").
         class_token: whether there is one.
         reg_tokens: number of register tokens (Darcet et al., 2024).
         no_embed_class: whether positions are for patches only.
         fc_norm: whether the last norm follows the pooling instead of preceding it; None: where that is "avg".
+        final_norm: whether there is a last norm at all.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, of the embedded
             tokens, of the blocks' branches, of the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         norm_first: pre-norm or post-norm blocks.
-        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``), "relu", or
+            "swiglu" for a gated MLP (DINOv2's giant).
         norm_eps: LayerNorm's eps.
         pre_norm: a norm of the embedded tokens, whose convolution then has no bias (CLIP).
         dynamic_img_size: take images of every size that ``patch_size`` divides, with the positions resampled.
@@ -56,7 +62,7 @@ class ViT(Model):
         ValueError: values that do not fit together; the message names the argument.
     """
 
-    other_names = VIT_NAMES
+    other_names, absent = VIT_NAMES, VIT_ABSENT
 
     def __init__(
         self,
@@ -70,12 +76,14 @@ class ViT(Model):
         mlp_ratio: float = 4.0,
         *,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         init_values: float | None = None,
         global_pool: str = "token",
         class_token: bool = True,
         reg_tokens: int = 0,
         no_embed_class: bool = False,
         fc_norm: bool | None = None,
+        final_norm: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -88,9 +96,7 @@ class ViT(Model):
         dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
-        image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
-        if image[0] % patch[0] or image[1] % patch[1]:
-            raise ValueError(f"ViT: img_size must be a multiple of patch_size {patch}; got {image}")
+        image, patch = image_and_patch(img_size, patch_size)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
         least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
@@ -98,6 +104,11 @@ class ViT(Model):
             if value < minimum:
                 raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
         _check_pool(global_pool, class_token)
+        if act != "swiglu" and act not in ACTIVATIONS:
+            names = ", ".join(map(repr, (*ACTIVATIONS, "swiglu")))
+            raise ValueError(f"ViT: act must be one of {names}; got {act!r}")
+        if global_pool == "map" and act == "swiglu":
+            raise ValueError("ViT: act must be that of a plain MLP with global_pool='map'; got 'swiglu'")
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -125,6 +136,7 @@ class ViT(Model):
                     num_heads,
                     mlp_ratio,
                     qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
                     init_values=init_values,
                     proj_drop=proj_drop_rate,
                     attn_drop=attn_drop_rate,
@@ -137,7 +149,11 @@ class ViT(Model):
             )
         )
         after_pool = global_pool == "avg" if fc_norm is None else fc_norm
-        self.norm: nn.Module = nn.Identity() if after_pool else nn.LayerNorm(embed_dim, eps=norm_eps)
+        before_pool, after_pool = final_norm and not after_pool, final_norm and after_pool
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if before_pool else nn.Identity()
+        self.attn_pool: nn.Module | None = None
+        if global_pool == "map":
+            self.attn_pool = AttentionPoolLatent(embed_dim, num_heads, mlp_ratio, act=act, norm_eps=norm_eps)
         self.fc_norm: nn.Module = nn.LayerNorm(embed_dim, eps=norm_eps) if after_pool else nn.Identity()
         self.head_drop: nn.Module = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -182,47 +198,7 @@ class ViT(Model):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Logits of what :meth:`forward_features` gave; with ``pre_logits`` the features before the head."""
-        return self._classify(pool_tokens(x, self.global_pool, self.num_prefix_tokens), pre_logits)
-
-    def get_intermediate_layers(
-        self,
-        x: torch.Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> list[Any]:
-        """Tokens after chosen blocks, as timm and DINOv2 give them.
-
-        Args:
-            x: as for :meth:`forward`.
-            n: the last ``n`` blocks, or the blocks with these indices.
-            reshape: [B, embed_dim, rows, columns] instead of [B, patches, embed_dim].
-            return_prefix_tokens: pairs of patches and prefix tokens.
-            norm: put every result through the last norm.
-        """
-        blocks = list(self.blocks.children())
-        if isinstance(n, int):
-            if not 0 < n <= len(blocks):
-                raise ValueError(f"ViT: n must be from 1 to the number of blocks, {len(blocks)}; got {n}")
-            wanted = set(range(len(blocks) - n, len(blocks)))
-        else:
-            if any(not -len(blocks) <= i < len(blocks) for i in n):
-                raise ValueError(f"ViT: n must hold indices of the {len(blocks)} blocks; got {list(n)}")
-            wanted = {i % len(blocks) for i in n}
-        results: list[Any] = []
-        grid = self._grid(x)
-        x = self._embed(x)
-        for i, block in enumerate(blocks[: max(wanted, default=-1) + 1]):
-            x = block(x)
-            if i not in wanted:
-                continue
-            tokens = layer_norm(self.norm, x) if norm else x
-            prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
-            if reshape:
-                patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-            results.append((patches, prefix) if return_prefix_tokens else patches)
-        return results
+        return self._classify(self._pool(x), pre_logits)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer, or an identity."""
@@ -237,6 +213,12 @@ class ViT(Model):
             raise ValueError(f"ViT: num_classes must be at least 0; got {num_classes}")
         if global_pool is not None:
             _check_pool(global_pool, self.has_class_token)
+            if global_pool == "map" and self.attn_pool is None:
+                raise ValueError(
+                    "ViT: global_pool must be 'map' from the start to have its weights; got 'map'"
+                )
+            if global_pool != "map":
+                self.attn_pool = None
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.pos_embed
@@ -248,9 +230,39 @@ class ViT(Model):
         self.head.train(self.training)
         self.changed()
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that optimisers leave without weight decay."""
-        return {"pos_embed", "cls_token", "reg_token"}
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size, or cut them into other patches; timm's method.
+
+        Positions are resampled (bicubic, antialiased, in float32), the embedding's weight by the
+        pseudo-inverse of such a resize. Both are then new parameters, of which no optimiser knows.
+
+        Args:
+            img_size, patch_size: one number or (height, width); None leaves it.
+
+        Raises:
+            ValueError: sizes that do not fit; the model stays as it was.
+        """
+        image, patch = image_and_patch(
+            self.img_size if img_size is None else img_size,
+            self.patch_size if patch_size is None else patch_size,
+        )
+        embed = self.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            kind = type(embed).__name__
+            raise ValueError(f"ViT: patch_embed must be a PatchEmbed to take another size; got {kind}")
+        embed.set_input_size(image, patch)
+        if embed.grid_size != self.grid_size:
+            embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+            positions = resample(self.pos_embed.detach(), self.grid_size, embed.grid_size, embedded)
+            self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        self.img_size, self.patch_size, self.grid_size = image, patch, embed.grid_size
+        if self.preprocessing is not None and image[0] == image[1]:
+            self.preprocessing = self.preprocessing.at(image[0])
+        self.changed()
 
     def check_image(self, x: torch.Tensor) -> torch.dtype:
         """Raise a ValueError where ``x`` is no image for this model; the dtype that it is embedded in."""
@@ -317,23 +329,22 @@ class ViT(Model):
             x = self.run_block(block, x, block)
         return self.run_block(blocks[-1].first, x, blocks[-1])
 
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if self.attn_pool is None:
+            return pool_tokens(x, self.global_pool, self.num_prefix_tokens)
+        pooled: torch.Tensor = self.attn_pool(x[:, self.num_prefix_tokens :])
+        return pooled
+
     def _classify(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.head_drop(layer_norm(self.fc_norm, x))
         return x if pre_logits else classify_tokens(self.head, x)
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < 1:
-        raise ValueError(f"ViT: {name} must be one or two positive integers; got {value!r}")
-    return both
-
-
 def _check_pool(global_pool: str, class_token: bool) -> None:
     if global_pool not in _POOLS:
-        raise ValueError(f"ViT: global_pool must be 'token', 'avg' or ''; got {global_pool!r}")
+        raise ValueError(f"ViT: global_pool must be 'token', 'avg', 'map' or ''; got {global_pool!r}")
     if global_pool == "token" and not class_token:
-        raise ValueError("ViT: global_pool must be 'avg' or '' without a class token; got 'token'")
+        raise ValueError("ViT: global_pool must be 'avg', 'map' or '' without a class token; got 'token'")
 
 
 def init_linear(module: nn.Linear) -> None:

@@ -21,6 +21,8 @@ class DistilledViT(ViT):
         arguments: as :class:`ViT`'s, but for ``reg_tokens`` and ``class_token``; ``global_pool`` is "token".
     """
 
+    _classifier = ("head", "head_dist")
+
     def __init__(self, *args: Any, **arguments: Any) -> None:
         if arguments.get("global_pool", "token") != "token":
             raise ValueError(f"DistilledViT: global_pool must be 'token'; got {arguments['global_pool']!r}")
@@ -58,14 +60,11 @@ class DistilledViT(ViT):
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for ``num_classes`` (0: identities)."""
-        if global_pool not in (None, "token"):
+        """New heads for ``num_classes`` (0: identities); ``global_pool`` "" is taken, as timm does."""
+        if global_pool not in (None, "", "token"):
             raise ValueError(f"DistilledViT: global_pool must be 'token'; got {global_pool!r}")
         super().reset_classifier(num_classes)
         self.head_dist = self._new_head(num_classes)
-
-    def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"dist_token"}
 
     def prefix_parameters(self) -> list[nn.Parameter]:
         return [token for token in (self.cls_token, self.dist_token) if token is not None]

@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvr.nn.plain import idle, join, layer_norm, linear, plain, plain_norm
+from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear as linear_op
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 * x)``, the activation of OpenAI's CLIP (Hendrycks and Gimpel, 2016)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
 }
 
@@ -25,7 +34,7 @@ class Mlp(nn.Module):
     Args:
         in_features: width of the tokens.
         hidden_features: width between the two layers.
-        act: "gelu" (exact, by erf), "gelu_tanh" or "relu".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" or "relu".
         drop: dropout after each layer.
     """
 
@@ -33,10 +42,10 @@ class Mlp(nn.Module):
         self, in_features: int, hidden_features: int, *, act: str = "gelu", drop: float = 0.0
     ) -> None:
         super().__init__()
-        if act not in _ACTIVATIONS:
-            raise ValueError(f"Mlp: act must be one of {', '.join(map(repr, _ACTIVATIONS))}; got {act!r}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"Mlp: act must be one of {', '.join(map(repr, ACTIVATIONS))}; got {act!r}")
         self.fc1: nn.Module = nn.Linear(in_features, hidden_features)
-        self.act: nn.Module = _ACTIVATIONS[act]()
+        self.act: nn.Module = ACTIVATIONS[act]()
         self.drop1: nn.Module = nn.Dropout(drop)
         self.fc2: nn.Module = nn.Linear(hidden_features, in_features)
         self.drop2: nn.Module = nn.Dropout(drop)
@@ -85,10 +94,11 @@ class Mlp(nn.Module):
         norm: nn.Module | None = None,
         gamma: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
-        """``residual + gamma * mlp(norm(x))``, in as few launches as the modules' state allows."""
+        """``residual + drop_path(gamma * mlp(norm(x)))``, in as few launches as the modules' state allows."""
         if norm is not None and (fused := self.fused(norm, gamma)) is not None:
-            return layernorm_mlp(x, **fused, residual=residual)
+            return layernorm_mlp(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
         fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(fc1, nn.Linear))
@@ -98,12 +108,16 @@ class Mlp(nn.Module):
             x = self.act(linear(fc1, x))
         x = self.drop1(x)
         if plain(fc2, nn.Linear) and idle(self.drop2):
-            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual)
-        return join(self.drop2(linear(fc2, x)), gamma, residual)
+            scale = drawn(drop_path, x)
+            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual, sample_scale=scale)
+        y = self.drop2(linear(fc2, x))
+        return join(y, gamma, residual, drawn(drop_path, y))
 
 
 def fused_name(act: nn.Module) -> str | None:
     """What ops call this activation, or None where they do not have it."""
     if plain(act, nn.GELU):
         return "gelu" if act.approximate == "none" else "gelu_tanh"
+    if plain(act, QuickGELU):
+        return "quick_gelu"
     return "relu" if plain(act, nn.ReLU) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastvr.nn.plain import plain
@@ -43,6 +44,26 @@ class PatchEmbed(nn.Module):
         """[B, C, H, W] to [B, num_patches, embed_dim]."""
         return self.tokens(x)
 
+    def set_input_size(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+        """Take images of another size, or other patches, for which the weight is resampled.
+
+        Raises:
+            ValueError: another ``patch_size``, but ``proj`` is not the convolution that it was made as.
+        """
+        proj = self.proj
+        if patch_size != self.patch_size:
+            if not (isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride == self.patch_size):
+                raise ValueError(
+                    "PatchEmbed: patch_size must stay where proj is not a convolution whose stride is its "
+                    f"kernel, {self.patch_size}; got {patch_size}"
+                )
+            weight = resample_weight(proj.weight.detach(), patch_size)
+            proj.weight = nn.Parameter(weight, requires_grad=proj.weight.requires_grad)
+            proj.kernel_size = proj.stride = patch_size
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
     def tokens(
         self,
         x: torch.Tensor,
@@ -81,6 +102,28 @@ class PatchEmbed(nn.Module):
             and proj.dilation == (1, 1)
             and proj.groups == 1
         )
+
+
+def resample_weight(weight: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """A patch embedding's weight for patches of another size, as timm makes it (Beyer et al., 2023).
+
+    Enlarging a patch bicubically and embedding it by the result gives what the patch itself was embedded as:
+    the weight is multiplied by the pseudo-inverse of that resize.
+
+    Args:
+        weight: [D, C, height, width], floating.
+        patch_size: (height, width).
+
+    Returns:
+        [D, C, *patch_size], in ``weight``'s dtype.
+    """
+    old = weight.shape[2:]
+    pixels = torch.eye(old.numel(), dtype=torch.float64).unflatten(1, old)
+    resize = F.interpolate(pixels[:, None], size=patch_size, mode="bicubic", antialias=True)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    inverse = torch.linalg.pinv(resize.flatten(1).T).to(weight.device, wide)
+    resampled: torch.Tensor = (weight.to(wide).flatten(2) @ inverse).unflatten(2, patch_size)
+    return resampled.to(weight.dtype)
 
 
 def add_tokens(

@@ -7,6 +7,7 @@ module is called, and the numbers stay within the parity rule.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard, TypeVar
 
 import torch
@@ -16,8 +17,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastvr.ops import _check
 from fastvr.ops.layer_norm import layer_norm as layer_norm_op
 from fastvr.ops.linear import linear as linear_op
+from fastvr.reference.linear import scale_samples
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+# Draws what stochastic depth multiplies a tensor's samples by, [B], or None where it drops nothing. Called
+# where the branch ends, so that random numbers come in the order in which the modules would have drawn them.
+DrawScale = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
@@ -47,6 +53,10 @@ def idle(module: nn.Module) -> bool:
     return plain(module, nn.Identity)
 
 
+def drawn(drop_path: DrawScale | None, x: torch.Tensor) -> torch.Tensor | None:
+    return None if drop_path is None else drop_path(x)
+
+
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``module(x)``, through the op where ``module`` is a plain ``nn.Linear``."""
     if plain(module, nn.Linear):
@@ -73,10 +83,16 @@ def layer_norm(module: nn.Module, x: torch.Tensor, *, for_matmul: bool = False) 
     return _called(module, x)
 
 
-def join(y: torch.Tensor, gamma: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
-    """``residual + gamma * y`` for a branch that could not be fused."""
+def join(
+    y: torch.Tensor,
+    gamma: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    sample_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``residual + sample_scale * gamma * y`` for a branch that could not be fused."""
     if gamma is not None:
         y = y * gamma
+    y = scale_samples(y, sample_scale)
     return y if residual is None else residual + y
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -38,11 +40,9 @@ def stem(
     One launch where ``bn`` normalises by its running statistics and no module is observed or replaced; where
     it does by the batch's own, everything behind the convolution is one op, if its kernels run.
     """
-    if plain(conv, nn.Sequential) and len(conv) == 7:
-        x, mean, std = normalize(x, mean, std, dtype), None, None
-        for first in (0, 3):
-            x = conv_bn_relu(conv[first], conv[first + 1], conv[first + 2], x)
-        conv = conv[6]
+    if _deep(conv):
+        conv, x = _last_of_deep(conv, normalize(x, mean, std, dtype))
+        mean = std = None
     norm = batch_norm(bn)
     if (
         norm is not None
@@ -74,3 +74,31 @@ def stem(
             return y
         return pool_map(maxpool, norm_act(bn, relu, made))
     return pool_map(maxpool, conv_bn_relu(conv, bn, relu, image))
+
+
+def stem_map(
+    conv: nn.Module,
+    bn: nn.Module,
+    relu: nn.Module,
+    x: torch.Tensor,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``relu(bn(conv(x)))`` of images, for who wants the map that :func:`stem` pools."""
+    x = normalize(x, mean, std, dtype)
+    if _deep(conv):
+        conv, x = _last_of_deep(conv, x)
+    return conv_bn_relu(conv, bn, relu, x)
+
+
+def _deep(conv: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether ``conv`` is ResNet-D's."""
+    return plain(conv, nn.Sequential) and len(conv) == 7
+
+
+def _last_of_deep(conv: nn.Sequential, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """The last of three convolutions, and what the others make of ``x``."""
+    for first in (0, 3):
+        x = conv_bn_relu(conv[first], conv[first + 1], conv[first + 2], x)
+    return conv[6], x

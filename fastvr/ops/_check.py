@@ -59,6 +59,21 @@ def companion(
         raise ValueError(f"{op}: {name} must be {dtype}, as the operands are; got {tensor.dtype}")
 
 
+def sample_scale(op: str, factors: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """``factors`` is None, or a factor for each of x's samples, float32 (float64 with it), that is drawn and
+    not learnt; as kernels read it."""
+    if factors is None:
+        return None
+    if x.dim() < 2:
+        raise ValueError(f"{op}: sample_scale needs an x of samples, [B, ...]; got {list(x.shape)}")
+    companion(op, "sample_scale", factors, (x.shape[0],), x, meaning=", a factor for each sample")
+    if factors.dtype != (wide := torch.promote_types(x.dtype, torch.float32)):
+        raise ValueError(f"{op}: sample_scale must be {wide} for an x of {x.dtype}; got {factors.dtype}")
+    if factors.requires_grad:
+        raise ValueError(f"{op}: sample_scale has no gradient; got a tensor that requires one")
+    return factors.contiguous()
+
+
 def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
@@ -77,6 +92,13 @@ def scale(op: str, value: float | None, head_dim: int) -> float:
     # not math.isfinite: torch.compile(dynamic=True) makes a symbol of the scale, and cannot trace that
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{op}: scale must be a finite number or None; got {value!r}")
+    return float(value)
+
+
+def probability(op: str, name: str, value: float) -> float:
+    """``value`` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be a number from 0 to 1; got {value!r}")
     return float(value)
 
 

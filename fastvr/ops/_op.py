@@ -73,7 +73,8 @@ class Op(Generic[_Result]):
 
     Args:
         name: what it is called everywhere: ``fastvr.ops.<name>``, ``torch.ops.fastvr.<name>``.
-        parameters: the parameters of its ``torch.library`` schema, without defaults.
+        parameters: the parameters of its ``torch.library`` schema, without defaults (with ``gradient`` or
+            ``differentiable=False`` the last may have some; ``arguments`` and ``reference`` have them too).
         arguments: a NamedTuple of the schema's arguments, in order; what follows takes one, except
             ``reference``, which takes them one by one.
         kernel: allocates with :func:`fastvr.backend.empty`, launches Triton kernels, returns the result.
@@ -166,9 +167,9 @@ class Op(Generic[_Result]):
         """
         device = args[0].device
         possible = backend.kernels_possible(device)
-        if not self.differentiable and torch.is_grad_enabled() and _any_requires_grad(args):
+        if not self.differentiable and _needs_gradient(args):
             raise NotImplementedError(f"fastvr.{self.name} has no gradient: call it under torch.no_grad()")
-        if self.training is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+        if self.training is not None and not torch.compiler.is_exporting() and _needs_gradient(args):
             if self.training.trains(*args):
                 return self.training(*args)[0]  # type: ignore[no-any-return]
             # by PyTorch's own backward, which keeps what it needs in its own way
@@ -213,8 +214,9 @@ class Op(Generic[_Result]):
 
     def trains(self, *args: Any) -> bool:
         """Whether a gradient is needed and this op, the training form of others, runs by its kernel. What
-        runs has to be known here, so a compiler gets it only where kernels are forced."""
-        if not (torch.is_grad_enabled() and _any_requires_grad(args)):
+        runs has to be known here, so a compiler gets it only where kernels are forced. An exported program
+        is for inference, and gets the operator itself, which has a gradient too."""
+        if torch.compiler.is_exporting() or not _needs_gradient(args):
             return False
         device = args[0].device
         if not backend.kernels_possible(device):
@@ -235,7 +237,7 @@ class Op(Generic[_Result]):
 
     def _vendor(self, args: tuple[Any, ...]) -> _Result | None:
         """What the vendor's fused call gives, which has no gradient; None where it does not apply."""
-        if backend.current_backend() != "auto" or (torch.is_grad_enabled() and _any_requires_grad(args)):
+        if backend.current_backend() != "auto" or _needs_gradient(args):
             return None
         if (pack := _mkldnn.packer()) is not None:
             pack(self.name, args)
@@ -383,15 +385,15 @@ def _watched(args: Iterable[object]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
         or any(isinstance(a, torch.Tensor) and (type(a) not in _PLAIN or a.is_meta) for a in args)
-        or (torch.is_grad_enabled() and _any_requires_grad(args))
+        or _needs_gradient(args)
     )
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _any_requires_grad(args: Iterable[object]) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+def _needs_gradient(args: Iterable[object]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def _like(grad: torch.Tensor, arg: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
@@ -18,8 +19,10 @@ from fastvr.reference.attention import attention_kv_training as reference_kv_tra
 from fastvr.reference.attention import attention_training as reference_training
 
 
-def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) -> torch.Tensor:
-    """Self-attention of every head, straight from a packed qkv projection, without a mask or dropout.
+def attention(
+    qkv: torch.Tensor, num_heads: int, *, scale: float | None = None, dropout_p: float = 0.0
+) -> torch.Tensor:
+    """Self-attention of every head, straight from a packed qkv projection, without a mask.
 
     Computes ``softmax(scale * q @ k.T) @ v`` for each sample and head; scores and sums are float32.
 
@@ -29,6 +32,11 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
             multiples of 8.
         num_heads: number of heads.
         scale: of the scores, head_dim ** -0.5 unless given; the kernel takes positive ones.
+        dropout_p: the probability with which each weight is dropped, 0 to 1; the others are divided by
+            1 - dropout_p. Where PyTorch's own attention runs, the random numbers are its own. Kernels, which
+            run where a gradient is needed, have the same distribution from a stream of theirs: Philox 4x32-10
+            at each weight's place, by a seed that PyTorch's generator draws on the device. So
+            ``torch.manual_seed`` decides, and a CUDA graph draws anew at each replay.
 
     Returns:
         [B, N, num_heads * head_dim], qkv's dtype.
@@ -48,7 +56,24 @@ def attention(qkv: torch.Tensor, num_heads: int, *, scale: float | None = None) 
     scale = _check.scale("attention", scale, qkv.shape[-1] // (3 * num_heads))
     if (dtype := _check.autocast_dtype(qkv.device)) is not None:
         qkv = _check.cast(qkv, dtype)
-    return ATTENTION(qkv, num_heads, scale)
+    return attend(qkv, num_heads, scale, _check.probability("attention", "dropout_p", dropout_p))
+
+
+def attend(qkv: torch.Tensor, num_heads: int, scale: float, dropout_p: float) -> torch.Tensor:
+    """:func:`attention` of arguments that were found good."""
+    if dropout_p == 0:
+        return ATTENTION(qkv, num_heads, scale)
+    if ATTENTION_TRAINING.trains(qkv, num_heads, scale, dropout_p):
+        return ATTENTION_TRAINING(qkv, num_heads, scale, dropout_p, draw_seed(qkv))[0]
+    backend.ran("attention", "reference")
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    return y.transpose(1, 2).flatten(2)
+
+
+def draw_seed(x: torch.Tensor) -> torch.Tensor:
+    """What one call's weights are dropped by, on x's device: a tensor, so that a CUDA graph draws it anew."""
+    return torch.randint(2**63 - 1, (2,), device=x.device)
 
 
 def attention_kv(
@@ -94,9 +119,17 @@ def attention_kv(
 
 
 def table_key(
-    batch: int, n: int, num_heads: int, head_dim: int, dtype: torch.dtype, op: str = "attention"
+    batch: int,
+    n: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    op: str = "attention",
+    *,
+    dropout: bool = False,
 ) -> str:
-    return tuning.key(op, dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim)
+    drop = {"drop": 1} if dropout else {}
+    return tuning.key(op, dtype, b=tuning.bucket(batch), n=n, h=num_heads, d=head_dim, **drop)
 
 
 def table_key_kv(
@@ -106,9 +139,14 @@ def table_key_kv(
 
 
 class Arguments(NamedTuple):
+    """``seed``, with ``dropout_p``, is [2] int64: what the weights are dropped by. Only the training form has
+    both."""
+
     qkv: torch.Tensor
     num_heads: int
     scale: float
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
 
 class ArgumentsKV(NamedTuple):
@@ -142,7 +180,8 @@ def _run(a: Arguments, op: str, lse: torch.Tensor | None = None) -> torch.Tensor
     batch, n, num_heads, head_dim = _sizes(a)
     y = backend.empty((batch, n, num_heads * head_dim), dtype=a.qkv.dtype, device=a.qkv.device)
     qkv = reachable(a.qkv)
-    _launch(op, table_key(*_sizes(a), y.dtype, op), qkv, qkv, y, lse, num_heads, a.scale)
+    key = table_key(*_sizes(a), y.dtype, op, dropout=a.seed is not None)
+    _launch(op, key, qkv, qkv, y, lse, num_heads, a.scale, a.dropout_p, a.seed)
     return y
 
 
@@ -176,6 +215,8 @@ def _launch(
     lse: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> None:
     from fastvr.kernels.attention import (
         FEW_QUERIES,
@@ -187,15 +228,26 @@ def _launch(
     if y.numel() == 0:
         return
     _, m, width = y.shape
-    arch, head_dim, few = backend.architecture(y.device), width // num_heads, m <= FEW_QUERIES
+    arch, head_dim = backend.architecture(y.device), width // num_heads
+    kind = {"few": m <= FEW_QUERIES, "dropout": seed is not None}
     config = tuning.config(
         op,
         key,
         y.device,
-        default=lambda: default_config(y.dtype, arch, head_dim=head_dim, few=few),
-        candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, few=few),
+        default=lambda: default_config(y.dtype, arch, head_dim=head_dim, **kind),
+        candidates=lambda: candidate_configs(y.dtype, arch, head_dim=head_dim, **kind),
     )
-    launch_attention_fwd(q=q, kv=kv, y=y, lse=lse, num_heads=num_heads, scale=scale, config=config)
+    launch_attention_fwd(
+        q=q,
+        kv=kv,
+        y=y,
+        lse=lse,
+        num_heads=num_heads,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        config=config,
+    )
 
 
 def _fake(a: Arguments) -> torch.Tensor:
@@ -237,7 +289,7 @@ def _measured_kv(a: ArgumentsKV) -> str:
 
 
 def _measured_training(a: Arguments) -> str:
-    key = table_key(*_sizes(a), a.qkv.dtype, "attention_training")
+    key = table_key(*_sizes(a), a.qkv.dtype, "attention_training", dropout=a.dropout_p > 0)
     return tuning.choice(key, a.qkv.device, "reference")
 
 
@@ -269,7 +321,7 @@ def _cost_kv_training(a: ArgumentsKV) -> Cost:
 def _backward(
     a: Arguments, results: tuple[torch.Tensor, torch.Tensor], grad: torch.Tensor, needs: frozenset[str]
 ) -> dict[str, torch.Tensor]:
-    return {"qkv": ATTENTION_BACKWARD(grad, a.qkv, *results, a.num_heads, a.scale)}
+    return {"qkv": ATTENTION_BACKWARD(grad, a.qkv, *results, *a[1:])}
 
 
 def _backward_kv(
@@ -282,7 +334,7 @@ def _backward_kv(
 
 ATTENTION_TRAINING = Op(
     "attention_training",
-    "Tensor qkv, int num_heads, float scale",
+    "Tensor qkv, int num_heads, float scale, float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=_kernel_training,
     reference=reference_training,
@@ -291,7 +343,7 @@ ATTENTION_TRAINING = Op(
     measured=_measured_training,
     cost=_cost_training,
     returns="(Tensor, Tensor)",
-    gradient=Gradient(saves=lambda a, needs: ("qkv", 0, 1), backward=_backward),
+    gradient=Gradient(saves=lambda a, needs: ("qkv", "seed", 0, 1), backward=_backward),
 )
 ATTENTION_KV_TRAINING = Op(
     "attention_kv_training",

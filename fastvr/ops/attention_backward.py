@@ -22,6 +22,8 @@ class Arguments(NamedTuple):
     lse: torch.Tensor
     num_heads: int
     scale: float
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
 
 class ArgumentsKV(NamedTuple):
@@ -38,7 +40,7 @@ class ArgumentsKV(NamedTuple):
 
 def _key(a: Arguments) -> str:
     batch, n, width = a.y.shape
-    sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads}
+    sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads} | ({} if a.seed is None else {"drop": 1})
     return tuning.key("attention_backward", a.qkv.dtype, b=tuning.bucket(batch), **sizes)
 
 
@@ -52,7 +54,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
     dqkv = backend.empty(a.qkv.shape, dtype=a.qkv.dtype, device=a.qkv.device)
     qkv = reachable(a.qkv)
     rest = ArgumentsKV(a.grad, qkv, qkv, a.y, a.lse, a.num_heads, a.scale, True, True)
-    _launch("attention_backward", _key(a), rest, dqkv, dqkv)
+    _launch("attention_backward", _key(a), rest, dqkv, dqkv, a.dropout_p, a.seed)
     return dqkv
 
 
@@ -64,7 +66,15 @@ def _kernel_kv(a: ArgumentsKV) -> tuple[torch.Tensor, torch.Tensor]:
     return dq, dkv
 
 
-def _launch(op: str, key: str, a: ArgumentsKV, dq: torch.Tensor | None, dkv: torch.Tensor | None) -> None:
+def _launch(
+    op: str,
+    key: str,
+    a: ArgumentsKV,
+    dq: torch.Tensor | None,
+    dkv: torch.Tensor | None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> None:
     from fastvr.kernels.attention_backward import candidate_configs, default_config, launch_attention_bwd
 
     if a.y.numel() == 0:
@@ -74,8 +84,8 @@ def _launch(op: str, key: str, a: ArgumentsKV, dq: torch.Tensor | None, dkv: tor
         op,
         key,
         a.y.device,
-        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim),
-        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim),
+        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
+        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
     )
     launch_attention_bwd(
         grad=reachable(a.grad),
@@ -88,14 +98,23 @@ def _launch(op: str, key: str, a: ArgumentsKV, dq: torch.Tensor | None, dkv: tor
         dkv=dkv,
         num_heads=a.num_heads,
         scale=a.scale,
+        dropout_p=dropout_p,
+        seed=seed,
         config=config,
     )
 
 
 def _reference(
-    grad: torch.Tensor, qkv: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, num_heads: int, scale: float
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    (dqkv,) = reference_gradients(reference, (qkv, num_heads, scale), grad, [0])
+    (dqkv,) = reference_gradients(reference, (qkv, num_heads, scale, dropout_p, seed), grad, [0])
     return dqkv.contiguous()
 
 
@@ -149,7 +168,8 @@ def _cost_kv(a: ArgumentsKV) -> Cost:
 # the default is the kernel: only where the forward pass ran by one is this op called
 ATTENTION_BACKWARD = Op(
     "attention_backward",
-    "Tensor grad, Tensor qkv, Tensor y, Tensor lse, int num_heads, float scale",
+    "Tensor grad, Tensor qkv, Tensor y, Tensor lse, int num_heads, float scale, float dropout_p=0.0, "
+    "Tensor? seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

@@ -1,5 +1,5 @@
-"""layernorm_attention: residual + gamma * proj(attention(qkv(LayerNorm(x)))). In training one op, which keeps
-x, qkv and what attention gives, and nothing in between; else the four ops that it is made of."""
+"""layernorm_attention: residual + sample_scale * gamma * proj(attention(qkv(LayerNorm(x)))). In training one
+op, which keeps x, qkv and what attention gives, and nothing in between; else the four ops it is made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._heads import refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops.attention import ATTENTION, ATTENTION_TRAINING
+from fastvr.ops.attention import ATTENTION_TRAINING, attend, draw_seed
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD
 from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
 from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype
@@ -33,8 +33,11 @@ def layernorm_attention(
     eps: float = 1e-6,
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """LayerNorm, self-attention, LayerScale and residual addition of a pre-norm transformer block.
+    """The first half of a pre-norm transformer block: LayerNorm, self-attention, LayerScale, stochastic depth
+    and residual addition.
 
     Args:
         x: [B, N, features], float32, float16 or bfloat16 (float64 runs in PyTorch).
@@ -47,6 +50,9 @@ def layernorm_attention(
         eps: LayerNorm's, added to the variance.
         gamma: [out_features], any floating dtype: LayerScale.
         residual: [B, N, out_features], any floating dtype; usually x itself.
+        sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
+            sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
+        dropout_p: of the attention weights, as :func:`fastvr.ops.attention.attention` takes it.
 
     Returns:
         [B, N, out_features] in the dtype that PyTorch's promotion of proj's result, gamma and residual gives.
@@ -71,8 +77,16 @@ def layernorm_attention(
             eps=eps,
             gamma=gamma,
             residual=residual,
+            sample_scale=sample_scale,
+            dropout_p=dropout_p,
         )
     )
+
+
+def trains(x: torch.Tensor, **given: Any) -> bool:
+    """Whether :func:`layernorm_attention` would run as one op, for a gradient; where it would not, dropout's
+    random numbers are PyTorch's."""
+    return LAYERNORM_ATTENTION_TRAINING.trains(*checked(x, **given))
 
 
 def checked(
@@ -89,6 +103,8 @@ def checked(
     eps: float = 1e-6,
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Arguments:
     """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
     op = "layernorm_attention"
@@ -133,17 +149,19 @@ def checked(
         num_heads,
         scale,
         float(eps),
+        _check.sample_scale(op, sample_scale, x),
+        _check.probability(op, "dropout_p", dropout_p),
     )
 
 
 def run(a: Arguments) -> torch.Tensor:
     if LAYERNORM_ATTENTION_TRAINING.trains(*a):
-        return LAYERNORM_ATTENTION_TRAINING(*a)[0]
+        return LAYERNORM_ATTENTION_TRAINING(*(a._replace(seed=draw_seed(a.x)) if a.dropout_p > 0 else a))[0]
     narrow = None if a.qkv_weight.dtype == a.x.dtype else a.qkv_weight.dtype
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
     qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
-    attended = ATTENTION(qkv, a.num_heads, a.scale)
-    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+    attended = attend(qkv, a.num_heads, a.scale, a.dropout_p)
+    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
 
 
 class Arguments(NamedTuple):
@@ -159,6 +177,9 @@ class Arguments(NamedTuple):
     num_heads: int
     scale: float
     eps: float
+    sample_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None  # with dropout_p, [2] int64
 
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -181,8 +202,8 @@ def kernel(a: Arguments) -> _Results:
             act="none",
             eps=a.eps,
         )
-    attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale)
-    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none")
+    attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale, a.dropout_p, a.seed)
+    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
     return y, qkv, attended, lse, moments
 
 
@@ -206,13 +227,14 @@ def fake(a: Arguments, device: str | None = None) -> _Results:
 def unsupported(a: Arguments) -> str | None:
     if 0 in a.qkv_weight.shape:
         return "x has no features"
-    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a)
+    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a[:-1])
 
 
 def _measured(a: Arguments) -> str:
     batch, n, features = a.x.shape
     width = a.proj_weight.shape[1]
     sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads, "k": features}
+    sizes |= {"drop": 1} if a.dropout_p > 0 else {}
     key = tuning.key("layernorm_attention_training", a.qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -232,17 +254,17 @@ _BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_ATTENTION:
-        saves |= {"proj_weight", "gamma", 1, 2, 3}
+        saves |= {"proj_weight", "gamma", "sample_scale", "seed", 1, 2, 3}
     if needs & _NORM:
         saves |= {"x", "ln_weight", "qkv_weight"}
     if "qkv_weight" in needs:
         saves |= {"x", "ln_weight", "ln_bias", 4}
     if needs & {"proj_weight", "proj_bias"}:
-        saves.add("gamma")
+        saves |= {"gamma", "sample_scale"}
     if needs & {"proj_weight", "gamma"}:
         saves.add(2)
     if "gamma" in needs:
-        saves |= {"proj_weight", "proj_bias", "gamma"}
+        saves |= {"proj_weight", "proj_bias", "gamma", "sample_scale"}
     return saves
 
 
@@ -261,13 +283,15 @@ def backward(
             a.gamma,
             "proj_bias" in needs,
             "gamma" in needs,
+            sample_scale=a.sample_scale,
         )
         found |= {"proj_weight": of_proj.weight, "proj_bias": of_proj.bias, "gamma": of_proj.gamma}
     elif "proj_bias" in needs:
-        found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma)
+        found["proj_bias"] = bias_gradient(as_rows(branch), a.gamma, a.sample_scale)
     if needs & _BEFORE_ATTENTION:
-        of_attended = input_gradient(branch, a.proj_weight, a.gamma)
-        dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, a.num_heads, a.scale)
+        of_attended = input_gradient(branch, a.proj_weight, a.gamma, a.sample_scale)
+        numbers = (a.num_heads, a.scale, a.dropout_p, a.seed)
+        dqkv = ATTENTION_BACKWARD.where_supported(of_attended, qkv, attended, lse, *numbers)
         rows = as_rows(dqkv)
         if "qkv_weight" in needs:
             norm = Norm(a.ln_weight, a.ln_bias, moments)
@@ -288,7 +312,8 @@ def backward(
 LAYERNORM_ATTENTION_TRAINING = Op(
     "layernorm_attention_training",
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
-    "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps",
+    "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps, "
+    "Tensor? sample_scale=None, float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=kernel,
     reference=reference_training,

@@ -1,7 +1,7 @@
-"""layernorm_mlp: residual + gamma * fc2(act(fc1(LayerNorm(x)))), two launches.
+"""layernorm_mlp: residual + sample_scale * gamma * fc2(act(fc1(LayerNorm(x)))), two launches.
 
 The first is fc1's product, which normalises x on its way in and activates on its way out; the second is fc2's
-with LayerScale and residual.
+with LayerScale, stochastic depth and residual.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def layernorm_mlp(
     act: str = "gelu",
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LayerNorm, MLP, LayerScale and residual addition of a pre-norm transformer block in two launches.
+    """The second half of a pre-norm transformer block in two launches: LayerNorm, MLP, LayerScale, stochastic
+    depth and residual addition.
 
     Args:
         x: [..., features], float32, float16 or bfloat16 (float64 runs in PyTorch).
@@ -44,9 +46,11 @@ def layernorm_mlp(
         fc1_weight, fc1_bias: [hidden, features] and [hidden]; x's dtype.
         fc2_weight, fc2_bias: [out_features, hidden] and [out_features]; fc1_weight's dtype.
         eps: LayerNorm's, added to the variance.
-        act: "gelu" (exact, by erf), "gelu_tanh", "relu" or "none".
+        act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" (``x * sigmoid(1.702 * x)``), "relu" or "none".
         gamma: [out_features], any floating dtype: LayerScale.
         residual: [..., out_features], any floating dtype; usually x itself.
+        sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
+            sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
 
     Returns:
         [..., out_features] in the dtype that PyTorch's promotion of fc2's result, gamma and residual gives.
@@ -70,6 +74,7 @@ def layernorm_mlp(
             act=act,
             gamma=gamma,
             residual=residual,
+            sample_scale=sample_scale,
         )
     )
 
@@ -87,6 +92,7 @@ def checked(
     act: str = "gelu",
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> Arguments:
     """The arguments of :func:`layernorm_mlp`, found good, and as autocast has them."""
     op = "layernorm_mlp"
@@ -123,6 +129,7 @@ def checked(
         residual,
         float(eps),
         act,
+        _check.sample_scale(op, sample_scale, x),
     )
 
 
@@ -138,11 +145,12 @@ class Arguments(NamedTuple):
     residual: torch.Tensor | None
     eps: float
     act: str
+    sample_scale: torch.Tensor | None = None
 
 
 _PARAMETERS = (
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
-    "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act"
+    "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act, Tensor? sample_scale=None"
 )
 
 
@@ -173,6 +181,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         weight=a.fc2_weight,
         bias=_check.dense(a.fc2_bias),
         gamma=_check.dense(a.gamma),
+        sample_scale=a.sample_scale,
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act="none",
@@ -186,7 +195,7 @@ def _vendor(a: Arguments) -> torch.Tensor | None:
         return None
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, a.fc1_weight.dtype)
     hidden = LINEAR(normed, a.fc1_weight, a.fc1_bias, None, None, a.act)
-    return LINEAR(hidden, a.fc2_weight, a.fc2_bias, a.gamma, a.residual, "none")
+    return LINEAR(hidden, a.fc2_weight, a.fc2_bias, a.gamma, a.residual, "none", a.sample_scale)
 
 
 def _fake(a: Arguments, device: str | None = None) -> torch.Tensor:
@@ -252,6 +261,7 @@ def kernel_training(a: Arguments) -> _Trained:
         weight=a.fc2_weight,
         bias=_check.dense(a.fc2_bias),
         gamma=_check.dense(a.gamma),
+        sample_scale=a.sample_scale,
         residual=unit_rows(a.residual),
         y=y.view(-1, y.shape[-1]),
         x_act=a.act,
@@ -286,17 +296,17 @@ _BEFORE_THE_ACTIVATION = _NORM | {"fc1_weight", "fc1_bias"}
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     saves: set[str | int] = set()
     if needs & _BEFORE_THE_ACTIVATION:
-        saves |= {"fc2_weight", "gamma", 1}
+        saves |= {"fc2_weight", "gamma", "sample_scale", 1}
     if needs & _NORM:
         saves |= {"x", "ln_weight", "fc1_weight"}
     if "fc1_weight" in needs:
         saves |= {"x", "ln_weight", "ln_bias", 2}
     if needs & {"fc2_weight", "fc2_bias"}:
-        saves.add("gamma")
+        saves |= {"gamma", "sample_scale"}
     if needs & {"fc2_weight", "gamma"}:
         saves.add(1)
     if "gamma" in needs:
-        saves |= {"fc2_weight", "fc2_bias", "gamma"}
+        saves |= {"fc2_weight", "fc2_bias", "gamma", "sample_scale"}
     return saves
 
 
@@ -311,16 +321,24 @@ def backward(
     activated = dhidden = None
     if needs & _BEFORE_THE_ACTIVATION:
         weight = with_gamma(a.fc2_weight, a.gamma)
-        dhidden, activated = LINEAR_ACT_BACKWARD.where_supported(branch, weight, hidden, a.act, weighs)
+        args = (branch, weight, hidden, a.act, weighs, a.sample_scale)
+        dhidden, activated = LINEAR_ACT_BACKWARD.where_supported(*args)
     elif weighs:
         activated = activate(hidden.clone(), a.act)
     if activated is not None and weighs:
         of_fc2 = parameter_gradients(
-            branch, activated, a.fc2_weight, a.fc2_bias, a.gamma, "fc2_bias" in needs, "gamma" in needs
+            branch,
+            activated,
+            a.fc2_weight,
+            a.fc2_bias,
+            a.gamma,
+            "fc2_bias" in needs,
+            "gamma" in needs,
+            sample_scale=a.sample_scale,
         )
         found |= {"fc2_weight": of_fc2.weight, "fc2_bias": of_fc2.bias, "gamma": of_fc2.gamma}
     elif "fc2_bias" in needs:
-        found["fc2_bias"] = bias_gradient(branch, a.gamma)
+        found["fc2_bias"] = bias_gradient(branch, a.gamma, a.sample_scale)
     if dhidden is not None and "fc1_weight" in needs:
         norm = Norm(a.ln_weight, a.ln_bias, moments)
         of_fc1 = parameter_gradients(

@@ -1,4 +1,4 @@
-"""linear: y = residual + gamma * act(x @ weight.T + bias), one launch."""
+"""linear: y = residual + sample_scale * gamma * act(x @ weight.T + bias), one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.linear_backward import bias_gradient, parameter_gradients, with_gamma
-from fastvr.reference.linear import ACTIVATIONS, activate
+from fastvr.reference.linear import ACTIVATIONS, activate, scale_samples
 from fastvr.reference.linear import linear as reference
 
 if TYPE_CHECKING:
@@ -27,19 +27,22 @@ def linear(
     act: str = "none",
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer with its activation, LayerScale and residual addition in one launch.
+    """A linear layer with its activation, LayerScale, stochastic depth and residual addition in one launch.
 
-    Computes ``residual + gamma * act(x @ weight.T + bias)``; products are accumulated in float32 and the
-    result is rounded once.
+    Computes ``residual + sample_scale * gamma * act(x @ weight.T + bias)``; products are accumulated in
+    float32 and the result is rounded once.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16 (float64 runs in PyTorch).
         weight: [out_features, in_features], x's dtype.
         bias: [out_features], x's dtype.
-        act: "none", "relu", "gelu" (exact, by erf) or "gelu_tanh".
+        act: "none", "relu", "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu" (``x * sigmoid(1.702 * x)``).
         gamma: [out_features], any floating dtype: LayerScale (Touvron et al., 2021).
         residual: [..., out_features], any floating dtype.
+        sample_scale: [x.shape[0]], float32 (float64 with it), without a gradient: a factor for each sample,
+            0 for one whose branch is dropped (stochastic depth, Huang et al., 2016). 0 times Inf is NaN.
 
     Returns:
         [..., out_features] in the dtype that PyTorch's promotion of x, gamma and residual gives.
@@ -49,8 +52,9 @@ def linear(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
+    sample_scale = _check.sample_scale("linear", sample_scale, x)
     x, weight, bias = check_linear("linear", x, weight, bias, act, gamma, residual)
-    return LINEAR(x, weight, bias, gamma, residual, act)
+    return LINEAR(x, weight, bias, gamma, residual, act, sample_scale)
 
 
 def check_linear(
@@ -146,6 +150,7 @@ class Arguments(NamedTuple):
     gamma: torch.Tensor | None
     residual: torch.Tensor | None
     act: str
+    sample_scale: torch.Tensor | None = None
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
@@ -159,6 +164,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
         weight=a.weight,
         bias=_check.dense(a.bias),
         gamma=_check.dense(a.gamma),
+        sample_scale=a.sample_scale,
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act=a.act,
@@ -168,7 +174,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
     packed = _mkldnn.kept(a.weight)
-    if not isinstance(packed, _mkldnn.Packed):
+    if a.sample_scale is not None or not isinstance(packed, _mkldnn.Packed):
         return None
     backend.ran("linear", "mkldnn")
     return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
@@ -201,8 +207,8 @@ def _cost(a: Arguments) -> Cost:
 def _saves(a: Arguments, needs: frozenset[str]) -> set[str]:
     if a.act != "none":
         # what the activation was given is computed again
-        return set() if needs <= {"residual"} else {"x", "weight", "bias", "gamma"}
-    saves = set() if needs <= {"residual"} else {"gamma"}
+        return set() if needs <= {"residual"} else {"x", "weight", "bias", "gamma", "sample_scale"}
+    saves = set() if needs <= {"residual"} else {"gamma", "sample_scale"}
     if needs & {"weight", "gamma"}:
         saves.add("x")
     if needs & {"x", "gamma"}:
@@ -212,9 +218,11 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str]:
     return saves
 
 
-def _scaled_activation(hidden: torch.Tensor, act: str, gamma: torch.Tensor | None) -> torch.Tensor:
+def _scaled_activation(
+    hidden: torch.Tensor, act: str, gamma: torch.Tensor | None, sample_scale: torch.Tensor | None
+) -> torch.Tensor:
     y = activate(hidden, act)
-    return y if gamma is None else y * gamma
+    return scale_samples(y if gamma is None else y * gamma, sample_scale)
 
 
 def _backward(
@@ -223,34 +231,50 @@ def _backward(
     found = {} if a.residual is None else {"residual": grad.to(a.residual.dtype)}
     if needs <= {"residual"}:
         return found
-    gamma = a.gamma
+    gamma, sample_scale = a.gamma, a.sample_scale
     if a.act != "none":
         hidden = LINEAR.where_supported(a.x, a.weight, a.bias, None, None, "none")
         wanted = [0] if "gamma" not in needs else [0, 2]
-        grad, *dgamma = reference_gradients(_scaled_activation, (hidden, a.act, gamma), grad, wanted)
+        args = (hidden, a.act, gamma, sample_scale)
+        grad, *dgamma = reference_gradients(_scaled_activation, args, grad, wanted)
         found |= zip(("gamma",), dgamma, strict=False)
-        gamma, needs = None, needs - {"gamma"}
+        gamma, sample_scale, needs = None, None, needs - {"gamma"}
     grad = grad.to(a.x.dtype)
     if "x" in needs:
-        found["x"] = input_gradient(grad, a.weight, gamma)
+        found["x"] = input_gradient(grad, a.weight, gamma, sample_scale)
     if needs & {"weight", "gamma"}:
         parameters = parameter_gradients(
-            as_rows(grad), as_rows(a.x), a.weight, a.bias, gamma, "bias" in needs, "gamma" in needs
+            as_rows(grad),
+            as_rows(a.x),
+            a.weight,
+            a.bias,
+            gamma,
+            "bias" in needs,
+            "gamma" in needs,
+            sample_scale=sample_scale,
         )
         found = parameters._asdict() | found
     elif "bias" in needs:
-        found["bias"] = bias_gradient(as_rows(grad), gamma)
+        found["bias"] = bias_gradient(as_rows(grad), gamma, sample_scale)
     return found
 
 
-def input_gradient(grad: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
-    """Of ``gamma * (x @ weight.T)`` with respect to x; ``grad`` [..., out_features], in weight's dtype."""
-    return LINEAR.where_supported(grad, with_gamma(weight, gamma).t(), None, None, None, "none")
+def input_gradient(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: torch.Tensor | None,
+    sample_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Of ``sample_scale * gamma * (x @ weight.T)`` with respect to x; ``grad`` [..., out_features], in
+    weight's dtype."""
+    weight = with_gamma(weight, gamma).t()
+    return LINEAR.where_supported(grad, weight, None, None, None, "none", sample_scale)
 
 
 LINEAR = Op(
     "linear",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act, "
+    "Tensor? sample_scale=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=reference,

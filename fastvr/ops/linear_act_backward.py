@@ -10,17 +10,19 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes, reference_gradients
 from fastvr.ops.linear import gemm, table_key
-from fastvr.reference.linear import activate
+from fastvr.reference.linear import activate, scale_samples
 
 
 class Arguments(NamedTuple):
-    """``hidden`` is what the activation was given: the layer computed ``act(hidden) @ weight.T``."""
+    """``hidden`` is what the activation was given: the layer computed ``act(hidden) @ weight.T``, and with
+    ``sample_scale``, float32 [samples], M a multiple of samples, its rows times their sample's factor."""
 
     grad: torch.Tensor  # [M, N]
     weight: torch.Tensor  # [N, K], grad's dtype
     hidden: torch.Tensor  # [M, K], grad's dtype
     act: str
     needs_activated: bool
+    sample_scale: torch.Tensor | None = None
 
 
 _Results = tuple[torch.Tensor, torch.Tensor]  # hidden's gradient, and act(hidden) or nothing
@@ -39,6 +41,7 @@ def _kernel(a: Arguments) -> _Results:
             bias=None,
             y=dhidden,
             act=a.act,
+            sample_scale=a.sample_scale,
             hidden=a.hidden.contiguous(),
             activated=activated if a.needs_activated else None,
         )
@@ -46,12 +49,18 @@ def _kernel(a: Arguments) -> _Results:
 
 
 def _reference(
-    grad: torch.Tensor, weight: torch.Tensor, hidden: torch.Tensor, act: str, needs_activated: bool
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    act: str,
+    needs_activated: bool,
+    sample_scale: torch.Tensor | None = None,
 ) -> _Results:
+    dactivated = scale_samples(grad, sample_scale) @ weight
     if act == "none":
-        dhidden = grad @ weight
+        dhidden = dactivated
     else:
-        (dhidden,) = reference_gradients(activate, (hidden, act), grad @ weight, [0])
+        (dhidden,) = reference_gradients(activate, (hidden, act), dactivated, [0])
     if not needs_activated:
         return dhidden, hidden.new_empty(0)
     return dhidden, activate(hidden.clone(), act)
@@ -82,7 +91,7 @@ def _cost(a: Arguments) -> Cost:
 
 LINEAR_ACT_BACKWARD = Op(
     "linear_act_backward",
-    "Tensor grad, Tensor weight, Tensor hidden, str act, bool needs_activated",
+    "Tensor grad, Tensor weight, Tensor hidden, str act, bool needs_activated, Tensor? sample_scale=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

@@ -10,11 +10,13 @@ import torch
 from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes
+from fastvr.reference.linear import scale_samples
 
 
 class Arguments(NamedTuple):
     """x passes through LayerNorm where ``ln_weight`` is given, by ``moments``: mean and 1 / deviation of each
-    row, [M, 2], in float32 (float64 for float64)."""
+    row, [M, 2], in float32 (float64 for float64). With ``sample_scale``, [samples] in the same, M a multiple
+    of samples, the rows of grad are meant times their sample's factor."""
 
     grad: torch.Tensor  # [M, N]
     x: torch.Tensor  # [M, K], grad's dtype; with ln_weight any
@@ -23,6 +25,7 @@ class Arguments(NamedTuple):
     moments: torch.Tensor | None
     needs_bias: bool
     out_dtype: torch.dtype | None  # None is grad's
+    sample_scale: torch.Tensor | None = None
 
 
 _Gradients = tuple[torch.Tensor, torch.Tensor]
@@ -32,9 +35,14 @@ def _sizes(a: Arguments) -> tuple[int, int, int]:
     return a.grad.shape[0], a.grad.shape[1], a.x.shape[1]
 
 
+def _by_registers(a: Arguments) -> bool:
+    """Whether x is changed on its way in."""
+    return a.ln_weight is not None or a.sample_scale is not None
+
+
 def _key(a: Arguments) -> str:
     m, n, k = _sizes(a)
-    norm = int(a.ln_weight is not None)
+    norm = int(_by_registers(a))
     return tuning.key("linear_weight_backward", a.grad.dtype, m=tuning.bucket(m), n=n, k=k, norm=norm)
 
 
@@ -51,7 +59,7 @@ def _kernel(a: Arguments) -> _Gradients:
     if dweight.numel() == 0:
         return dweight, dbias
     arch = backend.architecture(device)
-    norm = a.ln_weight is not None
+    norm = _by_registers(a)
     config = tuning.config(
         "linear_weight_backward",
         _key(a),
@@ -70,6 +78,7 @@ def _kernel(a: Arguments) -> _Gradients:
         ln_weight=_check.dense(a.ln_weight),
         ln_bias=_check.dense(a.ln_bias),
         moments=_check.dense(a.moments),
+        sample_scale=a.sample_scale,
         dweight=dweight,
         dbias=dbias if a.needs_bias else None,
         workspace=workspace,
@@ -87,7 +96,9 @@ def _reference(
     moments: torch.Tensor | None,
     needs_bias: bool,
     out_dtype: torch.dtype | None,
+    sample_scale: torch.Tensor | None = None,
 ) -> _Gradients:
+    grad = scale_samples(grad, sample_scale)
     if ln_weight is not None:
         assert moments is not None
         normed = (x - moments[:, :1]) * moments[:, 1:] * ln_weight
@@ -111,16 +122,15 @@ def _cost(a: Arguments) -> Cost:
 LINEAR_WEIGHT_BACKWARD = Op(
     "linear_weight_backward",
     "Tensor grad, Tensor x, Tensor? ln_weight, Tensor? ln_bias, Tensor? moments, bool needs_bias, "
-    "ScalarType? out_dtype",
+    "ScalarType? out_dtype, Tensor? sample_scale=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,
     fake=_fake,
     unsupported=lambda a: _check.kernel_dtypes(*a),
-    # without a measurement the vendor's GEMM runs, but not where LayerNorm would be a launch of its own
-    measured=lambda a: tuning.choice(
-        _key(a), a.grad.device, "triton" if a.ln_weight is not None else "reference"
-    ),
+    # without a measurement the vendor's GEMM runs, but not where LayerNorm or factors would be a launch of
+    # their own
+    measured=lambda a: tuning.choice(_key(a), a.grad.device, "triton" if _by_registers(a) else "reference"),
     cost=_cost,
     returns="(Tensor, Tensor)",
     differentiable=False,
@@ -150,15 +160,18 @@ def parameter_gradients(
     needs_bias: bool,
     needs_gamma: bool = False,
     norm: Norm | None = None,
+    sample_scale: torch.Tensor | None = None,
 ) -> ParameterGradients:
-    """Of ``gamma * (norm(x) @ weight.T + bias)``, for rows ``grad`` [M, N] and ``x`` [M, K].
+    """Of ``sample_scale * gamma * (norm(x) @ weight.T + bias)``, for rows ``grad`` [M, N] and ``x`` [M, K].
 
     With gamma, the products are kept in float32 until gamma is applied, and its own gradient comes from them:
     ``sum_m grad (x @ weight.T + bias) = rowsum(weight * (grad.T @ x)) + bias * colsum(grad)``.
     """
     wide = None if gamma is None else torch.promote_types(grad.dtype, torch.float32)
     sums = needs_bias or (needs_gamma and bias is not None)
-    dweight, dbias = LINEAR_WEIGHT_BACKWARD.where_supported(grad, x, *(norm or (None,) * 3), sums, wide)
+    dweight, dbias = LINEAR_WEIGHT_BACKWARD.where_supported(
+        grad, x, *(norm or (None,) * 3), sums, wide, sample_scale
+    )
     if gamma is None:
         return ParameterGradients(dweight, dbias, dbias)
     dgamma = dbias
@@ -177,7 +190,9 @@ def with_gamma(weight: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor
     return weight if gamma is None else (weight * gamma[:, None]).to(weight.dtype)
 
 
-def bias_gradient(grad: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
-    """Of ``gamma * (... + bias)``, for rows ``grad`` [M, N]."""
-    dbias = grad.sum(0)
+def bias_gradient(
+    grad: torch.Tensor, gamma: torch.Tensor | None, sample_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of ``sample_scale * gamma * (... + bias)``, for rows ``grad`` [M, N]."""
+    dbias = scale_samples(grad, sample_scale).sum(0)
     return dbias if gamma is None else (dbias * gamma).to(grad.dtype)

@@ -71,7 +71,7 @@ def norm_linear(
         weight, colsum, bias: [out_features, in_features] in x's dtype, [out_features] and [out_features] in
             float32, as :func:`fold_norm` gives them; bias may be in x's dtype too.
         eps: LayerNorm's, added to the variance.
-        act: "none", "relu", "gelu" (exact, by erf) or "gelu_tanh".
+        act: "none", "relu", "gelu" (exact, by erf), "gelu_tanh" or "quick_gelu".
 
     Returns:
         [..., out_features] in x's dtype.

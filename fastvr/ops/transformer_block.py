@@ -15,6 +15,7 @@ import torch
 from fastvr import tuning
 from fastvr.ops import layernorm_attention, layernorm_mlp
 from fastvr.ops._op import Cost, Gradient, Op
+from fastvr.ops.attention import draw_seed
 from fastvr.ops.linear import LINEAR, result_dtype
 from fastvr.reference.layernorm_attention import layernorm_attention_training as attention_reference
 from fastvr.reference.layernorm_mlp import layernorm_mlp_training as mlp_reference
@@ -39,9 +40,11 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
     # what goes into the second half has x's shape and, where one op does all, its dtype
     second = layernorm_mlp.checked(x, **mlp, residual=x)
     if result_dtype(x, first.gamma) == x.dtype and x.dtype != first.qkv_weight.dtype:
-        args = (x, *_own(first), *_own(second), *first[-3:], *second[-2:])
+        numbers = (first.num_heads, first.scale, first.eps, second.eps, second.act)
+        args = (x, *_own(first), *_own(second), *numbers, first.sample_scale, second.sample_scale)
         if TRANSFORMER_BLOCK_TRAINING.trains(*args):
-            return TRANSFORMER_BLOCK_TRAINING(*args)[0]
+            dropout = (first.dropout_p, draw_seed(x)) if first.dropout_p > 0 else ()
+            return TRANSFORMER_BLOCK_TRAINING(*args, *dropout)[0]
     y = layernorm_attention.run(first)
     if y.dtype == x.dtype:
         return layernorm_mlp.LAYERNORM_MLP(*second._replace(x=y, residual=y))
@@ -49,7 +52,7 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
 
 
 def _own(half: layernorm_attention.Arguments | layernorm_mlp.Arguments) -> tuple[Any, ...]:
-    """Its seven parameters: without x, residual and numbers."""
+    """Its seven parameters: without x, residual, numbers and sample_scale."""
     return half[1:8]
 
 
@@ -76,6 +79,10 @@ class Arguments(NamedTuple):
     attn_eps: float
     mlp_eps: float
     act: str
+    attn_sample_scale: torch.Tensor | None = None
+    mlp_sample_scale: torch.Tensor | None = None
+    attn_dropout_p: float = 0.0
+    attn_seed: torch.Tensor | None = None
 
 
 _Results = tuple[
@@ -84,11 +91,13 @@ _Results = tuple[
 
 
 def _attention(a: Arguments) -> layernorm_attention.Arguments:
-    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, a.num_heads, a.scale, a.attn_eps)
+    numbers = (a.num_heads, a.scale, a.attn_eps)
+    drops = (a.attn_sample_scale, a.attn_dropout_p, a.attn_seed)
+    return layernorm_attention.Arguments(a.x, *a[1:8], a.x, *numbers, *drops)
 
 
 def _mlp(a: Arguments, between: torch.Tensor) -> layernorm_mlp.Arguments:
-    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act)
+    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act, a.mlp_sample_scale)
 
 
 def _kernel(a: Arguments) -> _Results:
@@ -117,6 +126,7 @@ def _unsupported(a: Arguments) -> str | None:
 def _measured(a: Arguments) -> str:
     batch, n, features = a.x.shape
     sizes = {"n": n, "h": a.num_heads, "k": features, "hidden": a.mlp_fc1_weight.shape[0]}
+    sizes |= {"drop": 1} if a.attn_dropout_p > 0 else {}
     key = tuning.key("transformer_block_training", a.attn_qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -150,7 +160,7 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
                 saves.add("x" if name == "x" else half + name)
             else:
                 # what lies between the halves is computed again
-                saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma"}
+                saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma", "attn_sample_scale"}
     return saves
 
 
@@ -164,7 +174,7 @@ def _backward(
         between = a.x
         if "x" in layernorm_mlp.saves_of(_mlp(a, a.x), of_mlp):
             between = LINEAR.where_supported(
-                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none"
+                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none", a.attn_sample_scale
             )
         gradients = layernorm_mlp.backward(_mlp(a, between), (None, hidden, mlp_moments), grad, of_mlp)
         found |= {f"mlp_{name}": value for name, value in gradients.items()}
@@ -183,7 +193,8 @@ TRANSFORMER_BLOCK_TRAINING = Op(
     "Tensor attn_proj_weight, Tensor? attn_proj_bias, Tensor? attn_gamma, Tensor mlp_ln_weight, "
     "Tensor? mlp_ln_bias, Tensor mlp_fc1_weight, Tensor? mlp_fc1_bias, Tensor mlp_fc2_weight, "
     "Tensor? mlp_fc2_bias, Tensor? mlp_gamma, int num_heads, float scale, float attn_eps, float mlp_eps, "
-    "str act",
+    "str act, Tensor? attn_sample_scale=None, Tensor? mlp_sample_scale=None, "
+    "float attn_dropout_p=0.0, Tensor? attn_seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

@@ -48,6 +48,7 @@ def _foldable_block(block: Block) -> bool:
         and plain_norm(block.norm2)
         and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (block.ls1, block.ls2))
         and plain(attn, Attention)
+        and attn.plain_heads()
         and plain(mlp, Mlp)
         and all(plain(linear, nn.Linear) for linear in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
         and all(idle(drop) for drop in (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2))

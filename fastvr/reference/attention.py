@@ -1,5 +1,6 @@
 """softmax(scale * q k') v for every head of packed qkv, or of queries beside packed keys and values; and with
-what their gradient needs, the base-2 logarithm of every query's sum of exp(scale * q k')."""
+what their gradient needs, the base-2 logarithm of every query's sum of exp(scale * q k'). With a seed weights
+are dropped by their place."""
 
 from __future__ import annotations
 
@@ -9,10 +10,24 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from fastvr.reference.dropout import keep_scale, kept
 
-def attention(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+
+def attention(
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
     q, k, v = rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=num_heads).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if seed is None:
+        y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        weights = (q * scale @ k.transpose(-2, -1)).softmax(-1)
+        batch, _, queries, keys = weights.shape
+        stays = kept(seed, batch, num_heads, queries, keys, dropout_p)
+        y = torch.where(stays, weights * keep_scale(dropout_p), 0.0) @ v
     return rearrange(y, "b h n d -> b n (h d)")
 
 
@@ -23,9 +38,15 @@ def attention_kv(q: torch.Tensor, kv: torch.Tensor, num_heads: int, scale: float
     return rearrange(y, "b h m d -> b m (h d)")
 
 
-def attention_training(qkv: torch.Tensor, num_heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_training(
+    qkv: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     q, kv = qkv.tensor_split([qkv.shape[-1] // 3], dim=-1)
-    return attention(qkv, num_heads, scale), _log_sum_exp(q, kv, num_heads, scale)
+    return attention(qkv, num_heads, scale, dropout_p, seed), _log_sum_exp(q, kv, num_heads, scale)
 
 
 def attention_kv_training(

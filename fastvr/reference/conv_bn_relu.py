@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from fastvr.reference.image import normalize
+from fastvr.reference.linear import overwritable
 
 ACTIVATIONS = ("none", "relu")
 
@@ -36,7 +37,7 @@ def _batch_norm(
     """``F.batch_norm`` in eval, written over y where that is safe: fresh memory costs a CPU more than it."""
     if (
         y.device.type != "cpu"
-        or type(y) is not torch.Tensor
+        or not overwritable(y)
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
@@ -80,8 +81,8 @@ def conv_bn_relu(
         y = y.to(dtype)
     # in place, as torchvision's blocks have it: y is nobody else's, and nothing here saves it for backward
     if residual is not None:
-        y = y.add_(residual) if residual.dtype == y.dtype else y + residual
+        y = y.add_(residual) if residual.dtype == y.dtype and overwritable(y) else y + residual
     if act == "relu":
-        y = y.relu_()
+        y = y.relu_() if overwritable(y) else y.relu()
     # the layout that the kernel writes, and that the operator's fake implementation promises
     return y.contiguous(memory_format=torch.channels_last)

@@ -22,10 +22,13 @@ def layernorm_attention(
     num_heads: int,
     scale: float,
     eps: float,
+    sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     normed = layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype)
-    attended = attention(linear(normed, qkv_weight, qkv_bias), num_heads, scale)
-    return linear(attended, proj_weight, proj_bias, gamma, residual)
+    attended = attention(linear(normed, qkv_weight, qkv_bias), num_heads, scale, dropout_p, seed)
+    return linear(attended, proj_weight, proj_bias, gamma, residual, sample_scale=sample_scale)
 
 
 def layernorm_attention_training(
@@ -41,9 +44,12 @@ def layernorm_attention_training(
     num_heads: int,
     scale: float,
     eps: float,
+    sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, qkv, what attention gives with its log-sum-exp, and the LayerNorm's ``row_moments``."""
     qkv = linear(layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype), qkv_weight, qkv_bias)
-    attended, lse = attention_training(qkv, num_heads, scale)
-    y = linear(attended, proj_weight, proj_bias, gamma, residual)
+    attended, lse = attention_training(qkv, num_heads, scale, dropout_p, seed)
+    y = linear(attended, proj_weight, proj_bias, gamma, residual, sample_scale=sample_scale)
     return y, qkv, attended.contiguous(), lse, row_moments(x, eps)

@@ -20,10 +20,11 @@ def layernorm_mlp(
     residual: torch.Tensor | None = None,
     eps: float = 1e-6,
     act: str = "gelu",
+    sample_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     normed = layer_norm(x, ln_weight, ln_bias, eps, fc1_weight.dtype)
     hidden = linear(normed, fc1_weight, fc1_bias, act=act)
-    return linear(hidden, fc2_weight, fc2_bias, gamma, residual)
+    return linear(hidden, fc2_weight, fc2_bias, gamma, residual, sample_scale=sample_scale)
 
 
 def layernorm_mlp_training(
@@ -38,9 +39,11 @@ def layernorm_mlp_training(
     residual: torch.Tensor | None = None,
     eps: float = 1e-6,
     act: str = "gelu",
+    sample_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, what the activation is given, [rows, hidden], and the LayerNorm's ``row_moments``."""
     normed = layer_norm(x, ln_weight, ln_bias, eps, fc1_weight.dtype)
     hidden = linear(normed, fc1_weight, fc1_bias)
-    y = linear(activate(hidden.clone(), act), fc2_weight, fc2_bias, gamma, residual)
+    activated = activate(hidden.clone(), act)
+    y = linear(activated, fc2_weight, fc2_bias, gamma, residual, sample_scale=sample_scale)
     return y, hidden.reshape(-1, hidden.shape[-1]), row_moments(x, eps)

@@ -13,8 +13,8 @@ def merge_row_stats(stats: torch.Tensor, features: int) -> tuple[torch.Tensor, t
     """Mean and variance of rows of ``features`` elements, [rows, 1] each, from the (mean, M2) of their chunks
     by Chan's formula (Chan, Golub, LeVeque, 1979)."""
     mean, m2 = stats.unbind(-1)
-    size = torch.full_like(mean[:1], STATS_CHUNK)
-    size[:, -1] = features - STATS_CHUNK * (mean.shape[1] - 1)
+    last = torch.full_like(mean[:1, :1], features - STATS_CHUNK * (mean.shape[1] - 1))
+    size = torch.cat([torch.full_like(mean[:1, 1:], STATS_CHUNK), last], 1)
     whole = (mean * size).sum(1, keepdim=True) / features
     m2 = (m2 + (mean - whole).square() * size).sum(1, keepdim=True)
     return whole, m2 / features

@@ -112,6 +112,9 @@ def make_call(op: str, args: tuple[Any, ...], arch: str) -> Call | None:
     Raises:
         BackendError: no kernel takes these arguments.
     """
+    # the dispatcher leaves out the last arguments where they are as by default
+    parameters = OPS[op].overload._schema.arguments
+    args = (*args, *(parameter.default_value for parameter in parameters[len(args) :]))
     found = consult(op, args, arch)
     if not found.choices or not found.knobs:
         return None
@@ -236,6 +239,8 @@ def _random(name: str, like: Tensor, device: torch.device, generator: torch.Gene
     size = (offset + (extent if like.numel() else 0),)
     if like.dtype == torch.uint8:
         values = torch.randint(256, size, dtype=torch.uint8, device=device, generator=generator)
+    elif like.dtype == torch.int64:  # a generator's seed
+        values = torch.randint(2**63 - 1, size, device=device, generator=generator)
     elif like.is_floating_point():
         values = _scaled(name, like, torch.randn(size, device=device, generator=generator)).to(like.dtype)
     else:

@@ -161,32 +161,39 @@ def _arguments(
         "embed_dim": width,
         "depth": depth,
         "mlp_ratio": mlp_ratio(hidden, width),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        **({"act": "swiglu"} if state["blocks.0.mlp.fc2.weight"].shape[1] * 2 == hidden else {}),
         "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
         "pre_norm": "norm_pre.weight" in state,
         "no_embed_class": bool(no_embed_class),
         "fc_norm": fc_norm,
         **stated,
     }
-    if arguments["pre_norm"] and not {"norm_eps", "act"} <= stated.keys() | overrides.keys():
+    said = stated.keys() | overrides.keys()
+    if arguments["pre_norm"]:
         arguments = {"norm_eps": 1e-5, **arguments}
+    if (arguments["pre_norm"] or "attn_pool.latent" in state) and "act" not in said:
         logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
-        arguments["num_heads"] = _heads(width, source, guessed=found.layout == "encoder")
+        gated = arguments.get("act") == "swiglu"
+        arguments["num_heads"] = _heads(width, gated, source, guessed=found.layout == "encoder")
     if distilled:
         return DistilledViT, arguments
     has_class_token = "cls_token" in state
     arguments["class_token"] = has_class_token
     arguments["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
-    arguments.setdefault("global_pool", "token" if has_class_token and not fc_norm else "avg")
+    pool = "map" if "attn_pool.latent" in state else "token" if has_class_token and not fc_norm else "avg"
+    arguments.setdefault("global_pool", pool)
     return ViT, arguments
 
 
-def _heads(width: int, source: str, *, guessed: bool) -> int:
+def _heads(width: int, gated: bool, source: str, *, guessed: bool) -> int:
     known = {
         entry.arguments["embed_dim"]: entry.arguments["num_heads"]
         for entry in MODELS.values()
-        if "embed_dim" in entry.arguments
+        # of one width SigLIP's giant has others than DINOv2's
+        if "embed_dim" in entry.arguments and (entry.arguments.get("act") == "swiglu") == gated
     }
     heads: int = known.get(width, 0 if width % 64 else width // 64)
     if not heads:

@@ -8,9 +8,15 @@ from fastvr.models._model import Model
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
-from fastvr.weights.describe import mlp_ratio, resnet_arguments
+from fastvr.weights.describe import has_last_norm, mlp_ratio, resnet_arguments
 
-_HIDDEN_ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+HIDDEN_ACTS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+"""What an activation is called here, and what transformers calls it."""
 
 
 def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +52,10 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "no_embed_class": model.no_embed_class,
     }
-    if described["act"] != "gelu":
+    # SwiGLU is a class there, which the architecture says
+    if "blocks.0.attn.q_norm.weight" in state:
+        arguments["qk_norm"] = True
+    if described["act"] not in ("gelu", "swiglu"):
         arguments["act_layer"] = described["act"]
     if isinstance(model, DistilledViT):
         return arguments
@@ -56,6 +65,7 @@ def timm_arguments(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         "reg_tokens": model.num_reg_tokens,
         "global_pool": model.global_pool,
         "fc_norm": described["fc_norm"],
+        **({} if has_last_norm(model) else {"final_norm": False}),
     }
 
 
@@ -70,7 +80,9 @@ def timm_config(model: Model, described: dict[str, Any]) -> dict[str, Any]:
         distilled = isinstance(model, DistilledViT)
         architecture = "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224"
         eps = 1e-6
-        if arguments.get("pre_norm"):
+        if described["act"] == "swiglu":
+            architecture = "vit_giant_patch14_dinov2"
+        elif arguments.get("pre_norm"):
             architecture, eps = "vit_base_patch16_clip_224", 1e-5
         _check_eps("timm", described, eps)
         classifier, pool = ["head", "head_dist"] if distilled else "head", model.global_pool  # type: ignore[assignment]
@@ -96,6 +108,8 @@ def check_torchvision(model: Model, described: dict[str, Any]) -> None:
             problems.append("other tokens than the class token")
         if "blocks.0.ls1.gamma" in model.state_dict():
             problems.append("LayerScale")
+        if "blocks.0.attn.q_norm.weight" in model.state_dict() or not has_last_norm(model):
+            problems.append("norms of queries and keys, or no last norm")
         expected = {"act": "gelu", "norm_first": True, "global_pool": "token", "fc_norm": False}
         different = [name for name, value in expected.items() if described[name] != value]
         problems += [f"{name}={described[name]!r}" for name in different]
@@ -126,6 +140,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
     ]
     if not model.has_class_token:
         problems.append("no class token")
+    if "blocks.0.attn.q_norm.weight" in state or not has_last_norm(model):
+        problems.append("norms of queries and keys, or no last norm")
     if scaled:
         kind, prefix = ("dinov2_with_registers", "Dinov2WithRegisters") if registers else ("dinov2", "Dinov2")
         if model.num_classes or distilled:
@@ -142,9 +158,17 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
             problems.append("no position of the class token")
     if model.img_size[0] != model.img_size[1] or model.patch_size[0] != model.patch_size[1]:
         problems.append("oblong images or patches")
+    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+    gated = described["act"] == "swiglu"
+    # of SwiGLU's hidden width each half has two thirds, as a multiple of 8
+    ratio = round(hidden * (3 / 4 if gated else 1) / width)
+    given = 2 * ((width * ratio * 2 // 3 + 7) // 8 * 8) if gated else width * ratio
+    if scaled and given != hidden:
+        problems.append(f"LayerScale and MLPs {hidden} wide, which no whole mlp_ratio gives")
+    elif gated and not scaled:
+        problems.append("SwiGLU, but no LayerScale")
     if problems:
         raise ValueError(f"save_model: transformers has no model with {'; '.join(problems)}")
-    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
     task = "ForImageClassificationWithTeacher" if distilled else "ForImageClassification"
     config = {
         "architectures": [prefix + (task if model.num_classes else "Model")],
@@ -152,7 +176,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": len(list(model.blocks.children())),
         "num_attention_heads": described["num_heads"],
-        "hidden_act": _HIDDEN_ACTS[described["act"]],
+        # SwiGLU has one of its own
+        "hidden_act": "gelu" if gated else HIDDEN_ACTS[described["act"]],
         "layer_norm_eps": described["norm_eps"],
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -165,7 +190,8 @@ def transformers_vit(model: ViT, described: dict[str, Any]) -> dict[str, Any]:
     if not scaled:
         return config | {"intermediate_size": hidden}
     return config | {
-        "mlp_ratio": mlp_ratio(hidden, width),
+        "mlp_ratio": ratio,
+        "use_swiglu_ffn": gated,
         "num_register_tokens": registers,
         "use_mask_token": False,
     }

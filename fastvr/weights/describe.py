@@ -13,6 +13,7 @@ from fastvr.models._model import Model
 from fastvr.models.vit import ViT
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block
+from fastvr.nn.glu import GluMlp
 from fastvr.nn.mlp import Mlp, fused_name
 from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.weights.errors import CheckpointError
@@ -25,6 +26,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "norm_first": bool,
     "global_pool": str,
     "fc_norm": bool,
+    "final_norm": bool,
     "no_embed_class": bool,
 }
 
@@ -42,9 +44,11 @@ def describe(model: Model) -> dict[str, Any]:
         raise ValueError("save_model: model must have blocks of its own kind; got others, or none")
     block = blocks[0]
     attn, mlp, norm = block.attn, block.mlp, block.norm1
-    if not (isinstance(attn, Attention) and isinstance(mlp, Mlp) and isinstance(norm, nn.LayerNorm)):
+    if not (
+        isinstance(attn, Attention) and isinstance(mlp, (Mlp, GluMlp)) and isinstance(norm, nn.LayerNorm)
+    ):
         raise ValueError("save_model: model must have attention, MLP and norms of its own kind; got others")
-    act = fused_name(mlp.act)
+    act = activation(mlp)
     if act is None:
         kind = type(mlp.act).__name__
         raise ValueError(f"save_model: model must have a plain activation in its MLPs; got {kind}")
@@ -57,7 +61,20 @@ def describe(model: Model) -> dict[str, Any]:
         "global_pool": model.global_pool,
         "fc_norm": isinstance(model.fc_norm, nn.LayerNorm),
         "no_embed_class": model.no_embed_class,
+        **({} if has_last_norm(model) else {"final_norm": False}),
     }
+
+
+def has_last_norm(model: ViT) -> bool:
+    """Whether a norm comes before or behind the pooling."""
+    return any(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
+
+
+def activation(mlp: Mlp | GluMlp) -> str | None:
+    """``act`` of a ViT that has ``mlp``; None where somebody put another activation there."""
+    if isinstance(mlp, GluMlp):
+        return "swiglu" if isinstance(mlp.act, nn.SiLU) else None
+    return fused_name(mlp.act)
 
 
 def read_description(written: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from fastvr.models._model import Model
-from fastvr.models.registry import build_model, find
+from fastvr.models.features import Backbone
+from fastvr.models.registry import build_model, find, repository
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
 
@@ -19,7 +21,31 @@ _WEIGHTS = (
 )
 
 
-def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model:
+@overload
+def create_model(
+    name: str, pretrained: bool = False, *, features_only: Literal[False] = False, **overrides: Any
+) -> Model: ...
+
+
+@overload
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    features_only: Literal[True],
+    out_indices: int | Sequence[int] | None = None,
+    **overrides: Any,
+) -> Backbone: ...
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    **overrides: Any,
+) -> Model | Backbone:
     """A model by timm's name, with fresh weights or those of the hub.
 
     Args:
@@ -28,6 +54,8 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model
             weights that :func:`load_model` takes, and always comes with them.
         pretrained: fetch the weights that timm publishes for the model, through ``huggingface_hub``, which
             keeps them in its cache. Nothing is fetched otherwise.
+        features_only: a :class:`Backbone` that gives feature maps.
+        out_indices: its; for it alone.
         overrides: arguments of the model (:class:`ViT`, :class:`ResNet`); with weights as for
             :func:`load_model`.
 
@@ -35,9 +63,18 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model
         A model in training mode; with weights from the hub in eval mode.
 
     Raises:
-        ValueError: no model has this name, or none of its weights are published.
+        ValueError: no model has this name, none of its weights are published, or ``out_indices`` do not fit.
         CheckpointError: the weights cannot be fetched, which says what to do instead, or loaded.
     """
+    if features_only:
+        model: Any = _create(name, pretrained, overrides)
+        return Backbone(model, out_indices)
+    if out_indices is not None:
+        raise ValueError(f"create_model: out_indices must be None without features_only; got {out_indices!r}")
+    return _create(name, pretrained, overrides)
+
+
+def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> Model:
     if name.startswith(_HUB):
         return load_model(download(name.removeprefix(_HUB)), **overrides)
     name, _, tag = name.partition(".")
@@ -46,7 +83,9 @@ def create_model(name: str, pretrained: bool = False, **overrides: Any) -> Model
     tag = tag or find(name).tag or ""
     if not tag:
         raise ValueError(f"create_model: pretrained must be False for {name}: no weights of it are published")
-    return load_model(download(f"timm/{name}.{tag}"), **overrides)
+    # files from before timm had names for activations say another one
+    stated = {key: value for key, value in find(name).arguments.items() if key == "act"}
+    return load_model(download(repository(name, tag)), **{**stated, **overrides})
 
 
 def download(repository: str) -> Path:

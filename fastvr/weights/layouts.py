@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvr.weights import encoder, timm, torchvision, transformers, transformers_resnet
+from fastvr.weights import encoder, timm, torchvision, transformers, transformers_clip, transformers_resnet
 from fastvr.weights.describe import read_description
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
@@ -19,10 +19,10 @@ _LAYOUTS = {
     "timm": (timm,),
     "torchvision": (torchvision,),
     "encoder": (encoder,),
-    "transformers": (transformers_resnet, transformers),
+    "transformers": (transformers_resnet, transformers_clip, transformers),
 }
 _TITLES = {"encoder": "a plain nn.TransformerEncoder's"}
-_PARTS = ("query", "key", "value")
+_PARTS = {"attn.qkv": ("query", "key", "value"), "mlp.fc1": ("gate", "value")}
 
 
 class Recognised(NamedTuple):
@@ -57,11 +57,12 @@ def family_of(keys: Collection[str]) -> str | None:
 def recognise(
     state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None, source: str
 ) -> Recognised | None:
-    """The weights under fastvr's names, query, key and value joined; None where no layout fits.
+    """The weights under fastvr's names, query, key and value joined, SwiGLU's gate and value too; None where
+    no layout fits.
 
     Raises:
-        CheckpointError: the same weights twice, a query without its key or value, parts that do not fit
-            together, a configuration that fastvr has no model for.
+        CheckpointError: the same weights twice, a query without its key or value, a gate without its value,
+            parts that do not fit together, a configuration that fastvr has no model for.
     """
     for layout, modules in _LAYOUTS.items():
         for module in modules:
@@ -103,10 +104,11 @@ def _joined(
             parts.setdefault(slot[0], {})[slot[1]] = key
     problems: list[str] = []
     for name, keys in parts.items():
-        if lacking := [part for number, part in enumerate(_PARTS) if number not in keys]:
+        kinds = next(kinds for packed, kinds in _PARTS.items() if f".{packed}." in name)
+        if lacking := [part for number, part in enumerate(kinds) if number not in keys]:
             problems.append(f"{next(iter(keys.values()))} is there without its {' and '.join(lacking)}")
             continue
-        ordered = [keys[number] for number in range(len(_PARTS))]
+        ordered = [keys[number] for number in range(len(kinds))]
         tensors = [state[key] for key in ordered]
         if any(t.layout != torch.strided or t.is_quantized or t.is_meta for t in tensors) or (
             len({(t.shape, t.dtype) for t in tensors}) > 1 or not tensors[0].dim()

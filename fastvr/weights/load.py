@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block
-from fastvr.nn.mlp import Mlp, fused_name
+from fastvr.nn.glu import GluMlp
+from fastvr.nn.mlp import Mlp
+from fastvr.weights.describe import activation
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.layouts import Recognised, family_of, layout_names, recognise
-from fastvr.weights.read import Checkpoint, read_checkpoint, shorten, unwrap
+from fastvr.weights.read import Checkpoint, grouped, read_checkpoint, shorten, unwrap
 
 _HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias", "fc.weight", "fc.bias")
 
@@ -87,16 +89,14 @@ def fill(model: nn.Module, found: Recognised, source: str, *, strict: bool = Tru
     known = {name: tensor for name, tensor in found.state.items() if name in target}
     problems: list[str] = []
     if strict and missing:
-        problems.append(f"missing: {shorten(missing)}")
+        problems.append(f"missing: {_named(missing)}")
     if strict and unexpected:
-        problems.append(f"unknown: {shorten(unexpected)}")
+        problems.append(f"unknown: {_named(unexpected)}")
     if strict:
         problems += _other_function(model, found)
     problems += _shapes(known, target, found.origin)
-    ready: dict[str, torch.Tensor] = {}
-    if not problems:
-        ready, problems = _values(known, target, found.origin)
-    if problems:
+    ready, wrong = _values(known, target, found.origin)
+    if problems := problems + wrong:
         what = f"{source} ({found.title} layout of a {found.family})"
         raise CheckpointError("\n  ".join([f"{what} does not fit {type(model).__name__}:", *problems]))
     with torch.no_grad():
@@ -142,8 +142,8 @@ def _other_function(model: nn.Module, found: Recognised) -> list[str]:
     ours: dict[str, Any] = {"norm_first": block.norm_first}
     if isinstance(attn, Attention):
         ours["num_heads"] = attn.num_heads
-    if isinstance(mlp, Mlp):
-        ours["act"] = fused_name(mlp.act)
+    if isinstance(mlp, (Mlp, GluMlp)):
+        ours["act"] = activation(mlp)
     if isinstance(norm, nn.LayerNorm):
         ours["norm_eps"] = norm.eps
     return [
@@ -157,14 +157,15 @@ def _other_function(model: nn.Module, found: Recognised) -> list[str]:
 def _shapes(
     known: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor], origin: Mapping[str, str]
 ) -> list[str]:
-    wrong = {name for name, tensor in known.items() if tensor.shape != target[name].shape}
-    problems = [
-        f"shape of {origin.get(name, name)}: {list(tensor.shape)}, the model's is {list(target[name].shape)}"
+    wrong: dict[str, str] = {
+        name: f"{list(tensor.shape)}, the model's is {list(target[name].shape)}"
         for name, tensor in known.items()
-        if name in wrong
+        if tensor.shape != target[name].shape
+    }
+    problems = [
+        f"shape of {_named(origin.get(name, name) for name in wrong if wrong[name] == shapes)}: {shapes}"
+        for shapes in dict.fromkeys(wrong.values())
     ]
-    if problems[10:]:
-        problems[10:] = [f"shapes of {len(problems) - 10} more"]
     # of a model of another width the number of classes, or of positions, may well be right
     if heads := [name for name in _HEADS if name in wrong and _differ(known[name], target[name], 0)]:
         classes = known[heads[0]].shape[0]
@@ -177,6 +178,11 @@ def _shapes(
             "the checkpoint has other positions: construct the model with its img_size, patch_size and tokens"
         )
     return problems
+
+
+def _named(names: Iterable[str]) -> str:
+    """All of them; what has more kinds of weights than any model is foreign, and its beginning is enough."""
+    return shorten(grouped(names), most=60)
 
 
 def _differ(tensor: torch.Tensor, target: torch.Tensor, dim: int) -> bool:
@@ -202,7 +208,7 @@ def _values(
             ready[name] = tensor.detach().to(dtype)
             if dtype.is_floating_point and not bool(torch.isfinite(ready[name]).all()):
                 infinite.append(origin.get(name, name))
-    problems = [f"not floating, or not an integer where one belongs: {shorten(dtypes)}"] if dtypes else []
+    problems = [f"not floating, or not an integer where one belongs: {_named(dtypes)}"] if dtypes else []
     if infinite:
-        problems.append(f"NaN or Inf in the model's dtype: {shorten(infinite)}")
+        problems.append(f"NaN or Inf in the model's dtype: {_named(infinite)}")
     return ready, problems

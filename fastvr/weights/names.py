@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 Slot = str | tuple[str, int]
-"""fastvr's name of a module or parameter; with a number one third of a packed one: query, key or value."""
+"""fastvr's name of a module or parameter; with a number one part of a packed one: query, key or value, or
+SwiGLU's gate or value."""
 
 _OURS = re.compile(r"blocks\.(\d+)\.(.+)")
 
@@ -41,7 +42,7 @@ class Names:
         return None if found is None else found[0] if found[1] is None else (found[0], found[1])
 
     def export(self, name: str) -> tuple[str, ...] | None:
-        """Their keys for fastvr's ``name``: one, or those of query, key and value; None for none."""
+        """Their keys for fastvr's ``name``: one, or those of a packed one's parts; None for none."""
         if match := _OURS.fullmatch(name):
             keys = _reverse(self.inside, match[2])
             return keys and tuple(self.block.format(match[1]) + key for key in keys)
@@ -66,9 +67,10 @@ def _reverse(table: Mapping[str, Slot], name: str) -> tuple[str, ...] | None:
     for wanted, suffix in ((name, ""), (module, f".{kind}")):
         parts: dict[int, str] = {}
         for theirs, slot in table.items():
-            ours, part = (slot, 0) if isinstance(slot, str) else slot
-            if ours == wanted:
-                parts.setdefault(part, theirs + suffix)
+            if slot == wanted:
+                return (theirs + suffix,)
+            if isinstance(slot, tuple) and slot[0] == wanted:
+                parts.setdefault(slot[1], theirs + suffix)
         if parts:
             return tuple(parts[part] for part in sorted(parts))
     return None

@@ -42,18 +42,6 @@ def read(
         ) from error
 
 
-def for_timm(how: Preprocessing) -> dict[str, Any]:
-    """As a part of timm's ``pretrained_cfg``."""
-    return {
-        "input_size": [len(how.mean), how.size, how.size],
-        "interpolation": how.interpolation,
-        "crop_pct": how.size / how.resize,
-        "crop_mode": "squash" if how.squash else "center",
-        "mean": list(how.mean),
-        "std": list(how.std),
-    }
-
-
 def for_transformers(how: Preprocessing) -> dict[str, Any]:
     """transformers' preprocessor_config.json."""
     resample = next(number for number, name in _PILLOW.items() if name == how.interpolation)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import json
 import os
+import pickle
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ METADATA_KEY = "fastvr"
 _MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
 _MAX_JSON = 10_000_000  # bytes of a config.json or an index; real ones have some hundred thousand
 # what a folder is searched for, in this order
 _IN_FOLDERS = (
@@ -149,11 +152,30 @@ def read_file(path: str | os.PathLike[str]) -> Any:
     except (CheckpointError, OSError, MemoryError):
         raise
     except Exception as error:
+        if code := _code_in(path, error):
+            raise CheckpointError(
+                f"{path}: refused, since reading it would run code: it holds {shorten(code)} where a "
+                "checkpoint holds tensors. If you trust it, read it yourself with "
+                "torch.load(path, weights_only=False), and pass its state dict"
+            ) from error
         # both readers raise errors of many kinds, some bare, where a file is not theirs
         how = "safetensors" if path.suffix == ".safetensors" else "torch.load(weights_only=True)"
-        summary = f"{type(error).__name__}: {error}".strip()[:400]
+        # what PyTorch says after its first sentence is how to run the file's code all the same
+        summary = f"{type(error).__name__}: {error}".partition(". ")[0].strip()[:400]
         message = f"{path}: {how} cannot read it; is it truncated or foreign? {summary}"
         raise CheckpointError(message) from error
+
+
+def _code_in(path: Path, error: Exception) -> list[str]:
+    """The classes and functions that unpickling ``path`` would call, read without doing so; none where
+    something else is wrong with it."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:
+        # not a file of torch.save, or a broken one
+        return []
 
 
 def _check_header(path: Path) -> dict[str, Any]:
@@ -217,3 +239,25 @@ def shorten(items: list[str], most: int = 10) -> str:
     """The first items, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in their block's number alone as one: ``blocks.{0-11}.norm1.bias``."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        pattern = name if match is None else f"{name[: match.start()]}\0{name[match.end() :]}"
+        numbers.setdefault(pattern, []).extend([] if match is None else [int(match[0])])
+    return [pattern.replace("\0", _ranges(sorted(found))) for pattern, found in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "3", "{0-11}", "{0,2-4}"; ``numbers`` ascend."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return texts[0] if len(numbers) == 1 else f"{{{','.join(texts)}}}"

@@ -16,7 +16,14 @@ from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
 from fastvr.tuning.table import replacing
-from fastvr.weights import configs, preprocessing, torchvision, transformers, transformers_resnet
+from fastvr.weights import (
+    configs,
+    preprocessing,
+    torchvision,
+    transformers,
+    transformers_clip,
+    transformers_resnet,
+)
 from fastvr.weights.describe import describe
 from fastvr.weights.read import METADATA_KEY
 
@@ -59,9 +66,16 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
     elif layout == "torchvision":
         configs.check_torchvision(model, described)
         state = _renamed(state, torchvision.export) if isinstance(model, ViT) else state
+    elif isinstance(model, ViT) and transformers_clip.holds(model):
+        config = transformers_clip.config(model, described)
+        projected = bool(model.num_classes)
+        state = _renamed(
+            transformers_clip.written(state), lambda name: transformers_clip.export(name, projected)
+        )
     elif isinstance(model, ViT):
         config = configs.transformers_vit(model, described)
-        state = _transformers_state(state, model, config["model_type"])
+        gated = bool(config.get("use_swiglu_ffn"))
+        state = _transformers_state(state, model, config["model_type"], gated)
     else:
         config = configs.transformers_resnet(model)
         with_head = bool(model.num_classes)
@@ -91,11 +105,11 @@ def own_config(model: Model) -> dict[str, Any]:
     """
     how, described = model.preprocessing, describe(model)
     config: dict[str, Any] = {METADATA_KEY: described} if described else {}
-    return config if how is None else config | {"pretrained_cfg": preprocessing.for_timm(how)}
+    return config if how is None else config | {"pretrained_cfg": how.for_timm()}
 
 
 def _transformers_state(
-    state: dict[str, torch.Tensor], model: ViT, model_type: str
+    state: dict[str, torch.Tensor], model: ViT, model_type: str, gated: bool
 ) -> dict[str, torch.Tensor]:
     state = dict(state)
     if model_type == "deit" and "reg_token" in state:
@@ -106,7 +120,7 @@ def _transformers_state(
     with_head = bool(model.num_classes)
 
     def export(name: str) -> tuple[str, ...] | None:
-        keys = transformers.export(name, model_type, with_head)
+        keys = transformers.export(name, model_type, with_head, gated)
         if isinstance(model, DistilledViT) and name.startswith("head."):
             return (name.replace("head", "cls_classifier", 1),)
         return keys

@@ -1,7 +1,7 @@
 """timm's layout: fastvr's own names, for ViT and for ResNet (torchvision's ResNets have the same).
 
 The files that DINOv2 and DeiT-III themselves publish have these names too, but for register and mask tokens
-and LayerScale.
+and LayerScale, and the two layers of the giant one's MLPs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastvr.models.registry import MODELS
+from fastvr.nn.mlp import ACTIVATIONS
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
 from fastvr.weights.read import METADATA_KEY
@@ -25,6 +26,7 @@ _ARGUMENTS = {
     "act_layer": "act",
     "global_pool": "global_pool",
     "fc_norm": "fc_norm",
+    "final_norm": "final_norm",
     "no_embed_class": "no_embed_class",
 }
 # those that the weights tell, or that change no number in eval
@@ -36,6 +38,7 @@ _SHAPES = {
     "embed_dim",
     "depth",
     "mlp_ratio",
+    "qk_norm",
     "qkv_bias",
     "init_values",
     "class_token",
@@ -58,7 +61,7 @@ def rename(key: str) -> Slot:
     """fastvr's name for timm's ``key``, or for that in the files that DINOv2 and DeiT-III publish."""
     if key == "register_tokens":
         return "reg_token"
-    return _GAMMA.sub(r"ls\1.gamma", key)
+    return _GAMMA.sub(r"ls\1.gamma", key).replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 
 def export(name: str) -> tuple[str, ...] | None:
@@ -105,8 +108,13 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
     if isinstance(pool := config.get("global_pool"), str):
         found["global_pool"] = pool
     found |= {_ARGUMENTS[name]: value for name, value in written.items() if name in _ARGUMENTS}
-    if found["act"] not in ("gelu", "gelu_tanh", "relu"):
-        raise CheckpointError(f"config.json: act_layer must be gelu, gelu_tanh or relu; got {found['act']!r}")
+    if arguments.get("act") == "swiglu":
+        # of timm's classes, not of its arguments; those have the gate's
+        found["act"] = "swiglu"
+    elif found["act"] not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: act_layer must be one of {', '.join(ACTIVATIONS)}; got {found['act']!r}"
+        )
     return found
 
 

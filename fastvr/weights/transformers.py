@@ -64,8 +64,28 @@ _DINOV2 = Names(
     },
     outside={**_OUTSIDE, "embeddings.register_tokens": "reg_token"},
 )
+# the MLPs of DINOv2's giant
+_SWIGLU = Names(
+    block="encoder.layer.{}.",
+    inside={
+        "mlp.weights_in": "mlp.fc1",
+        "mlp.weights_out": "mlp.fc2",
+        # in memory, from transformers 5 on
+        "mlp.gate_proj": ("mlp.fc1", 0),
+        "mlp.up_proj": ("mlp.fc1", 1),
+        "mlp.down_proj": "mlp.fc2",
+    },
+    outside={},
+)
 _PREFIX = re.compile(r"(vit|deit|dinov2|dinov2_with_registers)\.")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+"""What transformers calls an activation, and what it is called here."""
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
@@ -78,18 +98,20 @@ def family(keys: Collection[str]) -> str | None:
 def rename(key: str) -> Slot:
     """fastvr's name for transformers' ``key``; an unknown key stays as it is."""
     inner = re.sub(r"^layers\.", "encoder.layer.", _PREFIX.sub("", key, count=1))
-    return _VIT.rename(inner) or _DINOV2.rename(inner) or key
+    return _VIT.rename(inner) or _DINOV2.rename(inner) or _SWIGLU.rename(inner) or key
 
 
-def export(name: str, model_type: str, with_head: bool) -> tuple[str, ...] | None:
+def export(name: str, model_type: str, with_head: bool, gated: bool = False) -> tuple[str, ...] | None:
     """The keys that transformers saves for fastvr's ``name``; None where it has none.
 
     Args:
         name: fastvr's name.
         model_type: one of :data:`MODEL_TYPES`.
         with_head: whether it is a classifier, whose backbone has a prefix.
+        gated: whether its MLPs are SwiGLU.
     """
-    keys = (_DINOV2 if model_type.startswith("dinov2") else _VIT).export(name)
+    names = _DINOV2 if model_type.startswith("dinov2") else _VIT
+    keys = (_SWIGLU.export(name) if gated else None) or names.export(name)
     if keys is None or not with_head or name.startswith("head"):
         return keys
     return tuple(f"{model_type}.{key}" for key in keys)
@@ -118,25 +140,32 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
         CheckpointError: the configuration asks for what fastvr's ViT does not compute.
     """
     dinov2 = any(".layer_scale1." in key or key.startswith("layer_scale1.") for key in keys)
+    gated = any(mark in key for key in keys for mark in (".mlp.weights_in.", ".mlp.gate_proj."))
     if config is None:
-        return {"act": "gelu", "norm_eps": 1e-6 if dinov2 else 1e-12, "norm_first": True}
+        return {
+            "act": "swiglu" if gated else "gelu",
+            "norm_eps": 1e-6 if dinov2 else 1e-12,
+            "norm_first": True,
+        }
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}; got {model_type!r}"
         )
     act = config.get("hidden_act", "gelu")
-    if act not in _ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act must be one of {', '.join(_ACTIVATIONS)}; got {act!r}"
-        )
-    if config.get("use_swiglu_ffn"):
-        raise CheckpointError("config.json: use_swiglu_ffn is not supported")
+    if act not in ACTIVATIONS:
+        raise CheckpointError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}; got {act!r}")
     found: dict[str, Any] = {
-        "act": _ACTIVATIONS[act],
+        "act": "swiglu" if gated else ACTIVATIONS[act],
         "norm_eps": float(config.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)),
         "norm_first": True,
     }
+    return found | sizes(config)
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and image size, where the configuration says them."""
+    found: dict[str, Any] = {}
     if "num_attention_heads" in config:
         found["num_heads"] = config["num_attention_heads"]
     if "image_size" in config:

@@ -263,15 +263,6 @@ def test_parametrized_weights_and_restoring_under_them(images) -> None:
     assert [type(m) for m in model.modules()] == [type(m) for m in _vit().modules()]
 
 
-def test_compiles_in_one_graph(images) -> None:
-    model, eager = _vit(depth=1), _vit(depth=1)
-    fastvr.accelerate(model)
-    torch._dynamo.reset()
-    with torch.no_grad(), fastvr.use_backend("reference"):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_parity(compiled(images), eager(images), truth_model(eager)(images.double()))
-
-
 def test_functional_calls_and_transforms(images) -> None:
     model, eager = _vit(), _vit()
     fastvr.accelerate(model)

@@ -44,9 +44,11 @@ TOWERS = [
     ("Dinov2", {"mlp_ratio": 2}),
     ("Dinov2", {"use_swiglu_ffn": True}),
     ("Dinov2WithRegisters", {"mlp_ratio": 2}),
+    ("Dinov2WithRegisters", {"use_swiglu_ffn": True}),
     ("CLIPVision", {}),
     ("SiglipVision", {}),
     ("DINOv3ViT", {}),
+    ("DINOv3ViT", {"use_gated_mlp": True, "hidden_act": "silu", "mlp_bias": False}),
     ("ViTMSN", {}),
 ]
 
@@ -55,12 +57,21 @@ TOWERS = [
 def test_towers(name, overrides, hold, images) -> None:
     report, ran = hold(_tower(name, **overrides), images, get=_tokens)
     assert ran["attention", "reference"] == (0 if name == "DINOv3ViT" else 2)
-    # QuickGELU and SwiGLU are no ops
-    fused = name != "CLIPVision" and "use_swiglu_ffn" not in overrides
-    assert ran["layernorm_mlp", "reference"] == (2 if fused else 0)
+    gated = bool({"use_swiglu_ffn", "use_gated_mlp"} & set(overrides))
+    assert ran["swiglu", "reference"] == (2 if gated else 0)
+    # SigLIP's pooling has one too
+    assert ran["layernorm_mlp", "reference"] == (0 if gated else 3 if name == "SiglipVision" else 2)
     assert ran["layer_norm", "reference"] >= 3
     reasons = {entry.what for entry in report.left if entry.kind.endswith("Attention")}
     assert reasons == ({"rotary positions: attention stays PyTorch's"} if name == "DINOv3ViT" else set())
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_siglips_pooling(mode, hold, images) -> None:
+    tower = _tower("SiglipVision", num_hidden_layers=1)
+    _, ran = hold(tower, images, get=lambda output: output.pooler_output, mode=mode)
+    assert ran["attention_kv", mode] == 1
+    assert ran["layernorm_mlp", mode] == 2
 
 
 def test_kernels(hold, images) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import fastvr
+from fastvr import backend
 from fastvr.compare.traffic import count, eager_traffic
+from fastvr.testing import assert_parity, truth_model
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 TINY: dict[str, Any] = {
     "img_size": 32,
@@ -87,16 +89,68 @@ def test_traffic(library) -> None:
 )
 def test_timm_configurations(overrides, hold, images) -> None:
     _, ran = hold(_timm(**overrides), images)
-    quick = overrides.get("act_layer") == "quick_gelu"
-    assert ran["layernorm_mlp", "reference"] == (0 if quick else 2)
+    assert ran["layernorm_mlp", "reference"] == 2
     assert ran["attention", "reference"] == 2
 
 
-@pytest.mark.parametrize("overrides", [{"qk_norm": True}, {"scale_attn_norm": True}], ids=["qk", "scale"])
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_attention_pooling(mode, hold, hold_gradients, images) -> None:
+    pooled = {"class_token": False, "global_pool": "map", "depth": 1}
+    report, ran = hold(_timm(**pooled), images, mode=mode)
+    assert ran["attention_kv", mode] == 1
+    assert ran["layernorm_mlp", mode] == 2
+    assert "timm AttentionPoolLatent" in report.counts
+    ran = hold_gradients(_timm(**pooled), images, mode=mode)
+    assert ran["attention_kv_training" if mode == "triton" else "attention_kv", mode] == 1
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+@pytest.mark.parametrize("layer", ["SwiGLUPacked", "SwiGLU"])
+def test_swiglu(layer, mode, hold, hold_gradients, images) -> None:
+    gated = {"mlp_layer": getattr(timm.layers, layer), "act_layer": nn.SiLU, "depth": 1}
+    report, ran = hold(_timm(**gated), images, mode=mode)
+    assert ran["swiglu", mode] == 1
+    assert ran["linear", mode] == 4
+    assert not {entry.kind for entry in report.left} & {"timm GluMlp", "timm SwiGLU"}
+    ran = hold_gradients(_timm(init_values=0.1, **gated), images, mode=mode)
+    assert ran["swiglu", mode] == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "reason"),
+    [
+        ("GluMlp", {"act_layer": nn.SiLU}, "it is gated otherwise than SwiGLU"),
+        ("GluMlp", {"act_layer": nn.Sigmoid, "gate_last": False}, "it is gated otherwise than SwiGLU"),
+        ("GluMlp", {"act_layer": nn.SiLU, "gate_last": False, "norm_layer": nn.LayerNorm}, "it normalises"),
+        ("SwiGLU", {"norm_layer": nn.LayerNorm}, "it normalises between its layers"),
+    ],
+    ids=str,
+)
+def test_other_gated_mlps_are_left(layer, options, reason, hold, tokens) -> None:
+    mlp = getattr(timm.layers, layer)(64, 96, **options)
+    report, ran = hold(nn.Sequential(mlp), tokens)
+    assert ("swiglu", "reference") not in ran
+    assert [entry.what.startswith(reason) for entry in report.left if layer in entry.kind] == [True]
+
+
+@pytest.mark.parametrize("mode", ["reference", "triton"])
+def test_normalised_queries_and_keys(mode, hold, hold_gradients, images) -> None:
+    normed = {"qk_norm": True, "depth": 1}
+    report, ran = hold(_timm(**normed), images, mode=mode)
+    assert ran["attention_kv", mode] == 1
+    assert not [entry for entry in report.left if entry.kind == "timm Attention"]
+    hold_gradients(_timm(**normed), images, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"qk_norm": True, "norm_layer": timm.layers.RmsNorm}, {"scale_attn_norm": True}],
+    ids=["qk", "scale"],
+)
 def test_normalised_attention_stays_pytorchs(overrides, hold, images) -> None:
     report, ran = hold(_timm(**overrides), images)
-    assert ("attention", "reference") not in ran
-    assert ran["layernorm_mlp", "reference"] == 2
+    assert not {("attention", "reference"), ("attention_kv", "reference")} & ran.keys()
+    assert ran["layernorm_mlp", "reference"] == (0 if "norm_layer" in overrides else 2)
     (reason,) = {entry.what for entry in report.left if entry.kind == "timm Attention"}
     assert "normalises" in reason
 
@@ -119,6 +173,22 @@ def test_gradients(make, hold_gradients, images) -> None:
 def test_gradients_of_kernels(hold_gradients, images) -> None:
     ran = hold_gradients(_timm(depth=1, init_values=0.1), images, mode="triton")
     assert ran["attention_backward", "triton"] == ran["linear_act_backward", "triton"] == 1
+
+
+def test_drop_path_stays_within_the_launches(device) -> None:
+    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, init_values=0.3)
+    eager = block.to(device).train()
+    ours, exact, x = copy.deepcopy(eager), truth_model(eager), torch.randn(4, 9, 64, device=device)
+    fastvr.accelerate(ours)
+    upstream, found = torch.randn(4, 9, 64, device=device), []
+    for model, mode in ((ours, "triton"), (eager, "reference"), (exact, "reference")):
+        torch.manual_seed(3)
+        dtype = next(model.parameters()).dtype
+        with fastvr.use_backend(mode), backend.observe() as ran:
+            model(x.to(dtype)).backward(upstream.to(dtype))
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        assert mode == "reference" or ran["layernorm_mlp_training", "triton"] == 1
+    assert_parity(*found, kind="gradient", sample_dim=None)
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])

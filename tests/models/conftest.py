@@ -70,8 +70,24 @@ def tiny(tiny_vit: Any, tiny_resnet: Any) -> Callable[[str], Any]:
 
 
 @pytest.fixture
+def short(tiny: Any) -> Callable[[str], Any]:
+    """A model by kind, of one block or one stage: compilers take seconds for each."""
+
+    def make(kind: str) -> Any:
+        if kind == "vit":
+            return tiny(kind, depth=1)
+        model = tiny(kind)
+        model.layer2, model.layer3, model.layer4 = nn.Sequential(), nn.Sequential(), nn.Sequential()
+        model.fc = randomise(nn.Linear(8 if kind == "basic" else 32, 10))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
 def images() -> Callable[..., torch.Tensor]:
-    def make(n: int = 2, size: int = 32, seed: int = 3) -> torch.Tensor:
-        return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    def make(n: int = 2, size: int | tuple[int, int] = 32, seed: int = 3) -> torch.Tensor:
+        sides = (size, size) if isinstance(size, int) else size
+        return torch.randn(n, 3, *sides, generator=torch.Generator().manual_seed(seed))
 
     return make

@@ -140,8 +140,16 @@ def test_where_dropping_is_active_the_random_numbers_stay(rate, tiny_vit, images
         for model in (ours.train(), theirs.train()):
             torch.manual_seed(5)
             results.append((model(x), torch.rand(1)))
-    assert torch.equal(results[0][0], results[1][0])
+        torch.manual_seed(5)
+        exact = truth_model(theirs)(x.double())
     assert torch.equal(results[0][1], results[1][1])
+    if rate == "drop_path_rate":
+        # of whole branches the class token's share is dropped with the rest
+        assert alone(ours, x)
+        assert_parity(results[0][0], results[1][0], exact)
+    else:
+        assert not alone(ours, x)
+        assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.parametrize("overrides", [{"global_pool": "avg"}, {"global_pool": ""}, {"depth": 0}], ids=str)

@@ -241,27 +241,6 @@ def test_compiles_in_one_graph(kind, mode, tiny, images, device) -> None:
     assert_parity(actual, expected, true, kind="gradient", sample_dim=None)
 
 
-@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
-def test_compiles_with_dynamic_shapes(kind, tiny, images) -> None:
-    """Then numbers that modules hold, such as attention's scale, are symbols too."""
-    model = tiny(kind).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad():
-        for x in (images(2), images(3)):
-            assert_parity(compiled(x), model(x), truth_model(model)(x.double()))
-
-
-@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
-def test_exports_with_a_dynamic_batch(kind, tiny, images) -> None:
-    model = tiny(kind)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},))
-    with torch.no_grad():
-        x = images(5)
-        assert_parity(program.module()(x), model(x), truth_model(model)(x.double()))
-
-
 @pytest.mark.parametrize(
     ("name", "most"), [("vit_base", 76), ("vit_large", 24 * 6 + 4), ("resnet18", 21), ("resnet50", 38)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,22 +13,27 @@ from torch import nn
 
 import fastvr
 from fastvr.models.positions import resample
-from fastvr.models.registry import MODELS
+from fastvr.models.registry import MODELS, repository
 from fastvr.models.vit_distilled import DistilledViT
 from fastvr.testing import assert_parity, truth_model
+from fastvr.weights.describe import activation
 
 SHORT = {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "swiglu"}
 SMALL_VIT: dict[str, Any] = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
 # of every kind one; "patch14" needs another image size
 KINDS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": SMALL_VIT,
     "vit_huge_patch16_gap_448": SMALL_VIT,
     "vit_so400m_patch16_siglip_gap_256": SMALL_VIT,
+    "vit_so400m_patch16_siglip_256": SMALL_VIT,
     "vit_base_patch16_clip_224": SMALL_VIT,
+    "vit_base_patch16_clip_quickgelu_224": SMALL_VIT,
     "deit_base_distilled_patch16_224": SMALL_VIT,
     "deit3_base_patch16_224": SMALL_VIT,
     "vit_base_patch14_dinov2": {**SMALL_VIT, "img_size": 42},
     "vit_base_patch14_reg4_dinov2": {**SMALL_VIT, "img_size": 42},
+    "vit_giant_patch14_dinov2": {**SMALL_VIT, "img_size": 42, "mlp_ratio": 5.5},
     "resnet18d": {"layers": (1, 1, 1, 1)},
     "resnet50": {"layers": (1, 1, 1, 1)},
     "resnet50c": {"layers": (1, 1, 1, 1)},
@@ -41,27 +47,34 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["vit_*", "deit*", "*resne[tx]*"])
+@pytest.mark.parametrize("family", ["vit_*", "[ef]*", "deit*", "*resne[tx]*"])
 def test_every_name_has_timms_parameters(family) -> None:
     names = [name for name in fastvr.list_models(family) if name not in SHORT]
-    assert len(names) > 15
+    assert len(names) > 4
     for name in names:
         # what repeats is left out, so that this stays quick
-        few = {"layers": (1, 2, 1, 1)} if "res" in name else {"depth": 2}
+        few = {"layers": (1, 2, 1, 1)} if "res" in name else {"depth": 1}
         with torch.device("meta"):
             ours, theirs = fastvr.create_model(name, **few), timm.create_model(name, **few)
         assert shapes(ours) == shapes(theirs), name
         assert ours.num_classes == theirs.num_classes, name
         entry, peer = MODELS[name], timm.get_pretrained_cfg(name)
         # what lies elsewhere than on the hub has none
-        published = None if entry.tag is None else f"timm/{name}.{entry.tag}"
+        published = None if entry.tag is None else repository(name, entry.tag)
         assert published == peer.hf_hub_id, name
         if "res" not in name:
+            # of the whole depth blocks that cost nothing
+            with torch.device("meta"):
+                whole = timm.create_model(name, block_fn=lambda **_: nn.Identity())
+            assert entry.arguments["depth"] == len(whole.blocks), name
+            assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads, name
+            assert (ours.global_pool, ours.no_embed_class) == (theirs.global_pool, theirs.no_embed_class), (
+                name
+            )
             assert ours.img_size == tuple(peer.input_size[1:]), name
             assert ours.blocks[0].norm1.eps == theirs.blocks[0].norm1.eps, name
-            assert type(ours.blocks[0].mlp.act) is nn.GELU, name
-            tanh = type(theirs.blocks[0].mlp.act) is not nn.GELU
-            assert ours.blocks[0].mlp.act.approximate == ("tanh" if tanh else "none"), name
+            theirs_act = ACTIVATIONS[type(theirs.blocks[0].mlp.act).__name__]
+            assert activation(ours.blocks[0].mlp) == theirs_act, name
 
 
 def test_depths_are_timms() -> None:
@@ -182,12 +195,33 @@ def test_positions_are_resampled_as_timm_does() -> None:
             "ViT: there is no argument 'image_size'; it is called img_size here",
         ),
         ("vit_tiny", {"hidden_dim": 32}, "called embed_dim here"),
+        ("vit_tiny", {"num_hidden_layers": 2}, "called depth here"),
+        ("vit_tiny", {"mlp_dim": 64}, r"called mlp_ratio \(over embed_dim\) here"),
+        ("vit_tiny", {"representation_size": 64}, "'representation_size': nothing lies between"),
         ("resnet50", {"base_width": 32}, "ResNet: .* called width_per_group here"),
+        ("resnet50", {"output_stride": 8}, "'output_stride': the stride is always 32"),
+        ("resnet50", {"weights": "DEFAULT"}, r"'weights': weights come with load_model\(path\)"),
     ],
 )
 def test_other_libraries_arguments_are_named(name, arguments, message) -> None:
     with pytest.raises(TypeError, match=message):
         fastvr.create_model(name, **arguments)
+
+
+def test_loading_and_presets_name_other_libraries_arguments_too() -> None:
+    state = fastvr.ViT(**SMALL_VIT).state_dict()
+    with pytest.raises(TypeError, match=r"ViT: .* 'image_size'; it is called img_size here"):
+        fastvr.load_model(state, num_heads=2, image_size=32)
+    with pytest.raises(TypeError, match=r"ResNet50: .* 'num_labels'; it is called num_classes here"):
+        fastvr.ResNet50(num_labels=2)
+
+
+@pytest.mark.parametrize("kind", [fastvr.ViT, fastvr.ResNet], ids=["vit", "resnet"])
+def test_no_argument_of_ours_is_refused_as_another_librarys(kind) -> None:
+    ours = set(inspect.signature(kind).parameters)
+    assert not ours & {*kind.other_names, *kind.absent}
+    # what a name is translated to is there, but for what stands behind it in brackets
+    assert {name.partition(" ")[0] for name in kind.other_names.values()} <= ours
 
 
 def test_list_and_find() -> None:

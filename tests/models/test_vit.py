@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -23,6 +24,10 @@ VARIANTS = {
     "all-tokens": {"global_pool": ""},
     "no-qkv-bias": {"qkv_bias": False},
     "no-head": {"num_classes": 0},
+    "attention-pooling-registers": {"reg_tokens": 2, "global_pool": "map"},
+    "no-last-norm": {"final_norm": False},
+    "no-last-norm-avg": {"final_norm": False, "global_pool": "avg"},
+    "a margin": {"img_size": (30, 39)},
     "oblong": {"img_size": (16, 40), "patch_size": (8, 4)},
 }
 
@@ -99,9 +104,14 @@ def test_post_norm_is_the_plain_transformer_encoder(tiny_vit, images) -> None:
         assert_parity(ours(x), ours.forward_head(ours.norm(encoder(tokens))), exact(x.double()))
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
 def test_activation(act: str, tiny_vit, tiny_timm, images) -> None:
-    layers = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
+    layers = {
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+        "relu": nn.ReLU,
+        "quick_gelu": QuickGELU,
+    }
     theirs, ours = tiny_timm(act_layer=layers[act]), tiny_vit(act=act)
     ours.load_state_dict(theirs.state_dict())
     x = images()
@@ -156,8 +166,8 @@ def test_initial_weights_are_timms_distribution() -> None:
     [
         ({"embed_dim": 100, "num_heads": 3}, "embed_dim"),
         ({"num_heads": 0}, "embed_dim"),
-        ({"img_size": 30}, "img_size"),
-        ({"img_size": (32, 33)}, "img_size"),
+        ({"img_size": 7}, "img_size"),
+        ({"img_size": (32, 7)}, "img_size"),
         ({"patch_size": 0}, "patch_size"),
         ({"patch_size": (1, 2, 3)}, "patch_size"),
         ({"depth": -1}, "depth"),
@@ -166,7 +176,9 @@ def test_initial_weights_are_timms_distribution() -> None:
         ({"reg_tokens": -1}, "reg_tokens"),
         ({"global_pool": "max"}, "global_pool"),
         ({"class_token": False}, "global_pool"),
-        ({"act": "silu"}, "act"),
+        ({"act": "silu"}, "ViT: act must be one of .*'swiglu'; got 'silu'"),
+        ({"act": "swiglu", "global_pool": "map"}, "act must be that of a plain MLP"),
+        ({"act": "swiglu", "mlp_ratio": 65 / 64}, "hidden_features must be even"),
     ],
     ids=str,
 )

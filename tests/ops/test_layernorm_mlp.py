@@ -54,7 +54,7 @@ def test_widths(d, hidden, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_gradients(act, dtype, device):
     given = inputs((3, 7), 40, 72, dtype, device, act)
     for value in given.values():

@@ -54,7 +54,7 @@ def test_widths(k, n, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_activations(act, dtype, device):
     check(inputs((3, 50), 192, 96, dtype, device, act=act), backward=False)
 
@@ -185,7 +185,7 @@ def test_float32_residual_and_gamma_beside_bfloat16(device):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4, -1e4, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_arguments(value, act, dtype, device):
     """bias alone makes the argument, so that it reaches the activation as it is."""

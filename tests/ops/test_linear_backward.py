@@ -65,7 +65,7 @@ def test_widths(k, n, gamma, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_through_an_activation(act, dtype, device):
     check(inputs((3, 21), 48, 70, dtype, device, act=act))
     check(inputs((3, 21), 48, 70, dtype, device, act=act, wanted=("weight",), gamma=None))
@@ -162,7 +162,7 @@ def test_weights_do_not_depend_on_the_order_of_programs(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_back_through_an_activation(act, dtype, device):
     check_act(act_inputs(61, 40, 100, dtype, device), act)
 
@@ -177,7 +177,7 @@ def test_every_configuration_through_an_activation(arch, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
 def test_derivatives_over_their_whole_range(act, dtype, device):
     hidden = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([0.0, 1e4, -1e4, float("nan")])])
     hidden = hidden.to(dtype).to(device)[:, None]

@@ -69,7 +69,7 @@ def test_widths(k, n, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_tanh", "quick_gelu"])
 def test_activations(act, dtype, device):
     check(inputs((3, 50), 192, 96, dtype, device, act))
 

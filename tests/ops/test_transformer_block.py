@@ -152,7 +152,10 @@ def test_operator(device):
         for name, value in inputs(device).items()
     }
     numbers = {"num_heads": HEADS, "scale": 0.2, "attn_eps": 1e-6, "mlp_eps": 1e-6, "act": "gelu"}
-    args = [(given | numbers)[name] for name in Arguments._fields]
+    dropped = torch.tensor([0.0, 2.0], device=device)
+    factors = {"attn_sample_scale": dropped, "mlp_sample_scale": dropped.flip(0)}
+    factors |= {"attn_dropout_p": 0.3, "attn_seed": torch.tensor([5, 6], device=device)}
+    args = [(given | numbers | factors)[name] for name in Arguments._fields]
     with triton_forced():
         torch.library.opcheck(TRANSFORMER_BLOCK_TRAINING.overload, args)
 

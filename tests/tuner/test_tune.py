@@ -337,7 +337,7 @@ def test_a_models_calls_most_expensive_first_each_key_once() -> None:
 
 
 def parts_of_mlp(*args: Any) -> Tensor:
-    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, residual, eps, act = args
+    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, residual, eps, act, *_ = args
     hidden = linear(layer_norm(x, ln_weight, ln_bias, eps), fc1_weight, fc1_bias, act=act)
     return linear(hidden, fc2_weight, fc2_bias, gamma=gamma, residual=residual)
 
@@ -370,7 +370,7 @@ def test_real_tensors_are_as_the_models() -> None:
     x = base[:, 1:, :]
     weight = torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
     residual = torch.empty(8, 1, device="meta").expand(4, 8, 6)
-    call = calls.Call("linear", (x, weight, None, None, residual, "none"), "k", (), Cost(0, 0))
+    call = calls.Call("linear", (x, weight, None, None, residual, "none", None), "k", (), Cost(0, 0))
     made = calls.materialise(call, CPU)
     for tensor, like in zip(made, call.args, strict=True):
         if isinstance(like, Tensor):

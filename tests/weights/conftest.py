@@ -12,6 +12,7 @@ from torch import nn
 # depth, width and sizes of every small ViT here
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CLASSES = 5
+_TEXT = ("hidden_size", "intermediate_size")
 
 
 class EncoderViT(nn.Module):
@@ -60,7 +61,23 @@ def transformers_model(kind: str) -> nn.Module:
         return transformers.ResNetForImageClassification(config)
     if kind.startswith("dinov2"):
         name = "Dinov2WithRegisters" if kind == "dinov2-registers" else "Dinov2"
-        return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**common))
+        gated = {"use_swiglu_ffn": kind == "dinov2-giant"}
+        return getattr(transformers, f"{name}Model")(
+            getattr(transformers, f"{name}Config")(**common, **gated)
+        )
+    if kind in ("clip", "clip-projection"):
+        config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=CLASSES, **common)
+        projected = "WithProjection" if kind == "clip-projection" else ""
+        return getattr(transformers, f"CLIPVisionModel{projected}")(config)
+    if kind == "siglip":
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(intermediate_size=64, **common))
+    if kind == "siglip-classifier":
+        towers = transformers.SiglipConfig(
+            vision_config={"intermediate_size": 64, **common},
+            text_config={"vocab_size": 9, "num_hidden_layers": 1, **dict.fromkeys(_TEXT, 32)},
+            num_labels=CLASSES,
+        )
+        return transformers.SiglipForImageClassification(towers)
     if kind == "vit-backbone":
         return transformers.ViTModel(transformers.ViTConfig(intermediate_size=64, **common))
     name, task = {
@@ -83,6 +100,17 @@ def peer(kind: str) -> nn.Module:
         "encoder": EncoderViT,
         "timm-vit": lambda: timm.models.vision_transformer.VisionTransformer(
             **VIT, num_classes=CLASSES, init_values=0.1, reg_tokens=2, mlp_ratio=2
+        ),
+        "timm-qk-norm": lambda: timm.models.vision_transformer.VisionTransformer(
+            **VIT, num_classes=CLASSES, qk_norm=True
+        ),
+        "timm-giant": lambda: timm.models.vision_transformer.VisionTransformer(
+            **VIT,
+            num_classes=CLASSES,
+            init_values=0.1,
+            mlp_ratio=5.5,
+            mlp_layer=timm.layers.SwiGLUPacked,
+            act_layer=nn.SiLU,
         ),
         "timm-resnet": lambda: timm.models.resnet.ResNet(
             timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=CLASSES

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from outputs import Output
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,21 +33,16 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "transformers-deit-teacher": {},
     "transformers-dinov2": {},
     "transformers-dinov2-registers": {},
+    "timm-qk-norm": {"num_heads": 2, "no_embed_class": False},
+    "timm-giant": {"num_heads": 2, "no_embed_class": False},
+    "transformers-dinov2-giant": {},
+    "transformers-siglip": {},
+    "transformers-siglip-classifier": {},
+    "transformers-clip": {},
+    "transformers-clip-projection": {},
     "transformers-resnet": {},
     "transformers-resnet-basic": {},
 }
-
-
-class Output(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.inner(x)
-        if isinstance(made, torch.Tensor):
-            return made
-        return made.logits if "logits" in made else made.last_hidden_state[:, 0]
 
 
 def write(peer: nn.Module, kind: str, folder: Path) -> Path:
@@ -78,11 +74,15 @@ def test_a_checkpoint_says_what_it_is_of(kind, make_peer, tmp_path) -> None:
 EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
     "timm": {
         "timm-vit": {},
+        "timm-qk-norm": {},
         "timm-resnet": {},
+        "transformers-dinov2-giant": {},
         "torchvision-vit": {},
         "transformers-vit": {"norm_eps": 1e-6},
         "transformers-deit-teacher": {"norm_eps": 1e-6},
         "transformers-dinov2-registers": {},
+        "transformers-clip-projection": {},
+        "transformers-siglip": {},
     },
     "torchvision": {"torchvision-vit": {}, "timm-resnet": {}, "transformers-vit": {"norm_eps": 1e-6}},
     "transformers": {
@@ -94,6 +94,10 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers-deit-teacher": {},
         "transformers-dinov2": {},
         "transformers-dinov2-registers": {},
+        "transformers-dinov2-giant": {},
+        "transformers-siglip": {},
+        "transformers-clip": {},
+        "transformers-clip-projection": {},
         "transformers-resnet-basic": {},
     },
 }
@@ -125,6 +129,7 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
     out = tmp_path / "out"
     encoder = fastvr.load_model(write(make_peer("encoder"), "encoder", tmp_path), num_heads=2)
     registers = fastvr.ViT(**TIMM, reg_tokens=2, init_values=0.1)
+    normed = fastvr.ViT(**TIMM, qk_norm=True)
     narrow = fastvr.create_model("resnet18", width=16)
     deep = fastvr.create_model("resnet18d")
     scaled_eps = fastvr.ViT(**TIMM, norm_eps=1e-12)
@@ -134,6 +139,8 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
         (encoder, "transformers", "norm_first=False"),
         (registers, "torchvision", "other tokens than the class token, LayerScale"),
         (registers, "transformers", "LayerScale and a head"),
+        (normed, "torchvision", "norms of queries and keys, or no last norm"),
+        (normed, "transformers", "norms of queries and keys, or no last norm"),
         (narrow, "timm", "width=64; got 16"),
         (deep, "torchvision", "stem_width=32"),
         (deep, "transformers", "stem_width=32, avg_down=True"),
@@ -199,10 +206,42 @@ def test_clips_weights_alone(tmp_path, caplog) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     assert verify(tmp_path / "clip.safetensors", batch=1).ours.passed
-    for layout in ("torchvision", "transformers"):
-        with pytest.raises(ValueError, match="save_model: "):
-            fastvr.save_model(model, tmp_path / "out", layout)
+    with pytest.raises(ValueError, match="save_model: "):
+        fastvr.save_model(model, tmp_path / "out", "torchvision")
+    nn.init.ones_(model.head.bias)
+    with pytest.raises(ValueError, match="transformers has no CLIP tower with a bias in its head"):
+        fastvr.save_model(model, tmp_path / "out", "transformers")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_last_norm_is_no_guess(tmp_path) -> None:
+    model = fastvr.ViT(**TIMM, final_norm=False).eval()
+    x = torch.randn(2, 3, 32, 32)
+    again = fastvr.load_model(fastvr.save_model(model, tmp_path / "radio"))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert verify(tmp_path / "radio", batch=1).ours.passed
+    save_file(dict(model.state_dict()), tmp_path / "alone.safetensors")
+    with pytest.raises(fastvr.CheckpointError, match=r"missing: norm\.weight, norm\.bias"):
+        fastvr.load_model(tmp_path / "alone.safetensors", num_heads=2)
+    fastvr.load_model(tmp_path / "alone.safetensors", num_heads=2, final_norm=False)
+    for layout in ("torchvision", "transformers"):
+        with pytest.raises(ValueError, match="no last norm"):
+            fastvr.save_model(model, tmp_path / "out", layout)
+
+
+def test_siglips_weights_alone(tmp_path, caplog) -> None:
+    model = fastvr.ViT(**TIMM, class_token=False, global_pool="map", act="gelu_tanh").eval()
+    save_file(dict(model.state_dict()), tmp_path / "siglip.safetensors")
+    with caplog.at_level(logging.WARNING, "fastvr"):
+        fastvr.load_model(tmp_path / "siglip.safetensors", num_heads=2)
+    assert "does not say which activation it has; exact GELU is taken" in caplog.text
+    caplog.clear()
+    again = fastvr.load_model(tmp_path / "siglip.safetensors", num_heads=2, act="gelu_tanh")
+    assert not caplog.text
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
 
 
 def test_timms_configuration_decides(tmp_path) -> None:
@@ -231,8 +270,8 @@ def test_timms_configuration_decides(tmp_path) -> None:
     assert again.preprocessing == Preprocessing(32, 35, (0.5,) * 3, (0.5,) * 3, "bicubic")
     for change, message in (
         ({"architecture": "eva02_base"}, "architecture 'eva02_base' is none of list_models"),
-        ({"model_args": {"qk_norm": True}}, "does not have: qk_norm"),
-        ({"model_args": {"act_layer": "silu"}}, "act_layer must be gelu"),
+        ({"model_args": {"scale_attn_norm": True}}, "does not have: scale_attn_norm"),
+        ({"model_args": {"act_layer": "silu"}}, "act_layer must be one of gelu, "),
         ({"pretrained_cfg": {**config["pretrained_cfg"], "std": [0, 1, 1]}}, "std must be positive"),
         ({"fastvr": {"num_heads": "two"}}, "num_heads='two'"),
         ({"fastvr": {"img_size": [32]}}, r"img_size=\[32\]"),

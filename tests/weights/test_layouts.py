@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import Output
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +16,7 @@ import fastvr
 from fastvr.models.resnet import ResNet
 from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.testing import assert_parity, truth_model
+from fastvr.verify import verify
 
 VIT: dict[str, Any] = {
     "img_size": 32,
@@ -26,6 +28,8 @@ VIT: dict[str, Any] = {
     "num_classes": 5,
 }
 DINOV2 = {**VIT, "mlp_ratio": 4, "num_classes": 0, "init_values": 1.0}
+CLIP = {"pre_norm": True, "norm_eps": 1e-5, "act": "quick_gelu"}
+SIGLIP = {"class_token": False, "act": "gelu_tanh"}
 OURS: dict[str, Any] = {
     "encoder": lambda: fastvr.ViT(**VIT, act="relu", norm_eps=1e-5, norm_first=False),
     "transformers-vit": lambda: fastvr.ViT(**VIT, norm_eps=1e-12),
@@ -34,6 +38,12 @@ OURS: dict[str, Any] = {
     "transformers-deit": lambda: fastvr.ViT(**VIT, norm_eps=1e-12, reg_tokens=1),
     "transformers-dinov2": lambda: fastvr.ViT(**DINOV2),
     "transformers-dinov2-registers": lambda: fastvr.ViT(**DINOV2, reg_tokens=4, no_embed_class=True),
+    "transformers-clip": lambda: fastvr.ViT(**{**VIT, **CLIP, "num_classes": 0}),
+    "transformers-clip-projection": lambda: fastvr.ViT(**VIT, **CLIP),
+    # two thirds of mlp_ratio for each half, as a multiple of 8
+    "transformers-dinov2-giant": lambda: fastvr.ViT(**{**DINOV2, "act": "swiglu", "mlp_ratio": 5.5}),
+    "transformers-siglip": lambda: fastvr.ViT(**{**VIT, **SIGLIP, "num_classes": 0, "global_pool": "map"}),
+    "transformers-siglip-classifier": lambda: fastvr.ViT(**VIT, **SIGLIP, global_pool="avg", fc_norm=False),
     "transformers-resnet": lambda: ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, width=8),
     "transformers-resnet-basic": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, width=8),
 }
@@ -41,21 +51,8 @@ UNUSED = {
     "transformers-vit-backbone": ("pooler.dense.weight", "pooler.dense.bias"),
     "transformers-dinov2": ("embeddings.mask_token",),
     "transformers-dinov2-registers": ("embeddings.mask_token",),
+    "transformers-dinov2-giant": ("embeddings.mask_token",),
 }
-
-
-class Output(nn.Module):
-    """The tensor that ours gives, of what a model of transformers returns."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.inner(x)
-        if isinstance(made, torch.Tensor):
-            return made
-        return made.logits if "logits" in made else made.last_hidden_state[:, 0]
 
 
 def same_function(model: nn.Module, peer: nn.Module) -> None:
@@ -84,6 +81,27 @@ def test_every_layout_gives_its_own_librarys_numbers(kind, where, make_peer, tmp
     same_function(model, peer)
 
 
+def test_the_tower_of_a_whole_clip(tmp_path) -> None:
+    """Its text tower is named as of no use; its configuration lies one level deeper."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    towers = {
+        "vision_config": {**sizes, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"},
+        "text_config": {**sizes, "vocab_size": 9},
+    }
+    torch.manual_seed(3)
+    peer = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=5)).eval()
+    peer.save_pretrained(tmp_path)
+    model = fastvr.load_model(tmp_path)
+    assert model.blocks[0].attn.num_heads == 2
+    assert type(model.blocks[0].mlp.act) is nn.GELU
+    unused = fastvr.load_checkpoint(model, tmp_path).unused
+    assert {key.partition(".")[0] for key in unused} == {"text_model", "text_projection", "logit_scale"}
+    assert verify(tmp_path, batch=2).ours.passed
+    with pytest.raises(fastvr.CheckpointError, match=r"CLIP with a classifier .* not supported"):
+        fastvr.load_model({**peer.vision_model.state_dict(), "classifier.weight": torch.zeros(5, 32)})
+
+
 def test_a_model_of_another_function_is_refused(make_peer, tmp_path) -> None:
     state = make_peer("encoder").state_dict()
     model = fastvr.ViT(**VIT)
@@ -102,7 +120,7 @@ def test_a_model_of_another_function_is_refused(make_peer, tmp_path) -> None:
     peer.save_pretrained(tmp_path)
     with pytest.raises(fastvr.CheckpointError, match="act: the checkpoint's is 'gelu_tanh'"):
         fastvr.load_checkpoint(OURS["transformers-vit"](), tmp_path)
-    for name, value in (("hidden_act", "quick_gelu"), ("model_type", "vit_mae"), ("use_swiglu_ffn", True)):
+    for name, value in (("hidden_act", "silu"), ("model_type", "vit_mae")):
         config = {"model_type": "vit", name: value}
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(fastvr.CheckpointError, match=rf"config.json: {name} "):

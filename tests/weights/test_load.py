@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import struct
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,8 +182,28 @@ BAD_STATES = {
     "no tensor": (_with("norm.bias", [0.0] * 32), [r"'norm.bias' \(list\)"]),
     "number as key": (_with(3, torch.ones(1)), [r"3 \(Tensor\)"]),  # type: ignore[arg-type]
     "all at once": (
-        lambda s: {**_without("norm.weight")(s), "extra": torch.ones(1), "norm.bias": torch.ones(2)},
-        ["missing: norm.weight", "unknown: extra", "shape of norm.bias"],
+        lambda s: {
+            **_without("norm.weight")(s),
+            "extra": torch.ones(1),
+            "norm.bias": torch.ones(2),
+            "head.bias": torch.full((5,), torch.nan),
+        },
+        [
+            r"\(timm's layout of a ViT\) does not fit ViT:",
+            *("missing: norm.weight\n", "unknown: extra\n", "shape of norm.bias: ", "NaN .*: head.bias"),
+        ],
+    ),
+    "in every block": (
+        lambda s: {
+            **{name: t for name, t in s.items() if ".norm1." not in name},
+            **{f"blocks.{i}.attn.proj.bias": torch.ones(9) for i in range(2)},
+            **{f"blocks.{i}.extra": torch.ones(1) for i in (0, 2, 3, 4)},
+        },
+        [
+            r"missing: blocks\.{0-1}\.norm1\.weight, blocks\.{0-1}\.norm1\.bias\n",
+            r"unknown: blocks\.{0,2-4}\.extra\n",
+            r"shape of blocks\.{0-1}\.attn\.proj\.bias: \[9\], the model's is \[32\]",
+        ],
     ),
     "several values": (
         lambda s: {**s, "norm.bias": NAN, "norm.weight": NAN, "cls_token": torch.ones(1, 1, 32).int()},
@@ -267,6 +289,18 @@ class _Evil:
         return (Path.touch, (Path("executed"),))
 
 
+def _saved(content: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def _scripted(module: nn.Module) -> bytes:
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, torch.ones(1, 2)), stream)
+    return stream.getvalue()
+
+
 HOSTILE = {
     "empty.safetensors": (lambda s: b"", "too few"),
     "truncated.safetensors": (lambda s: s[: len(s) // 2], "truncated"),
@@ -289,6 +323,19 @@ HOSTILE = {
     "empty.pt": (lambda s: b"", "cannot read"),
     "zip.pt": (lambda s: b"PK\x03\x04" + bytes(100), "cannot read"),
     "evil.pt": (lambda s: pickle.dumps({"a": _Evil()}), "cannot read"),
+    "evil-zip.pt": (
+        lambda s: _saved({"a": _Evil()}),
+        r"refused, .* would run code: it holds .*pathlib\.Path",
+    ),
+    "arguments.pt": (
+        lambda s: _saved({"model": plain(vit()), "args": Namespace(lr=1)}),
+        r"argparse\.Namespace",
+    ),
+    "model.pt": (
+        lambda s: _saved(nn.Linear(2, 2)),
+        r"torch\.nn\.modules\.linear\.Linear .* weights_only=False",
+    ),
+    "script.pt": (lambda s: _scripted(nn.Linear(2, 2)), "cannot read it.*TorchScript"),
     "safetensors.pt": (lambda s: s, "cannot read"),
 }
 
