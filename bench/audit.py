@@ -49,6 +49,8 @@ _NO_PRODUCTS = (
     "batch_norm_act_max_pool_backward",
     "residual_block_backward",
     "max_pool",
+    "max_pool_training",
+    "max_pool_backward",
 )
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 

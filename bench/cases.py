@@ -47,6 +47,8 @@ class Case:
 ATTENTION = ("attention", "attention_training", "attention_backward")
 BLOCK = ("layernorm_attention_training", "transformer_block_training")
 MLP = ("layernorm_mlp", "layernorm_mlp_training")
+MAX_POOL = ("max_pool", "max_pool_training", "max_pool_backward")
+AVG_POOL_LINEAR = ("avg_pool_linear", "avg_pool_linear_training", "avg_pool_linear_backward")
 ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
 
@@ -194,10 +196,11 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             )
             for label, rest in (("stem", {}), ("stem uint8", {"uint8": True}))
         ],
-        "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
-        "avg_pool_linear": [
-            Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
-        ],
+        **{op: [Case.of(op, "stem", batch=batch, channels=64, height=112, width=112)] for op in MAX_POOL},
+        **{
+            op: [Case.of(op, "head", batch=batch, channels=2048, height=7, width=7, n=1000)]
+            for op in AVG_POOL_LINEAR
+        },
     }
 
 
@@ -295,8 +298,8 @@ SMALL: dict[str, list[Case]] = {
             height=32, width=32,
         ),
     ],
-    "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
-    "avg_pool_linear": [Case.of("avg_pool_linear", "head", batch=2, channels=512, height=7, width=7, n=100)],
+    **{op: [Case.of(op, "stem", batch=2, channels=64, height=28, width=28)] for op in MAX_POOL},
+    **{op: [Case.of(op, "head", batch=2, channels=512, height=7, width=7, n=100)] for op in AVG_POOL_LINEAR},
 }  # fmt: skip
 
 OPS = tuple(SMALL)

@@ -196,6 +196,26 @@ def _avg_pool_linear(case: Case, make: Maker) -> dict[str, Any]:
     }
 
 
+def _max_pool_training(case: Case, make: Maker) -> dict[str, Any]:
+    given = _max_pool(case, make)
+    return {"x": given["x"], "kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1]}
+
+
+def _max_pool_backward(case: Case, make: Maker) -> dict[str, Any]:
+    from fastvr.reference.pool import max_pool_training
+
+    given = _max_pool_training(case, make)
+    y, taps = max_pool_training(**given)
+    size = list(given.pop("x").shape[2:])
+    return given | {"grad": make.image(*y.shape), "taps": taps, "size": size}
+
+
+def _avg_pool_linear_backward(case: Case, make: Maker) -> dict[str, Any]:
+    weight = _avg_pool_linear(case, make)["weight"]
+    grad = make.normal(case["batch"], case["n"])
+    return {"grad": grad, "weight": weight, "size": [case["height"], case["width"]]}
+
+
 BUILDERS: dict[str, Builder] = {
     "conv_bn_relu": _conv_bn_relu,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
@@ -209,5 +229,9 @@ BUILDERS: dict[str, Builder] = {
     "residual_block": _residual_block,
     "residual_block_backward": _residual_block_backward,
     "max_pool": _max_pool,
+    "max_pool_training": _max_pool_training,
+    "max_pool_backward": _max_pool_backward,
     "avg_pool_linear": _avg_pool_linear,
+    "avg_pool_linear_training": _avg_pool_linear,
+    "avg_pool_linear_backward": _avg_pool_linear_backward,
 }

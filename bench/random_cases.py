@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from cases import ATTENTION, ATTENTION_KV, BLOCK, MLP, Case
+from cases import ATTENTION, ATTENTION_KV, AVG_POOL_LINEAR, BLOCK, MAX_POOL, MLP, Case
 
 # What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
 # is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
@@ -101,8 +101,8 @@ _KINDS: _Kinds = {
         {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3, "uint8": True},
         {"channels": 1, "out": 31, "kernel": 3, "stride": 1, "padding": 1},
     ],
-    "max_pool": [{}],
-    "avg_pool_linear": [{}, {"bias": False}],
+    **{op: [{}] for op in MAX_POOL},
+    **{op: [{}, {"bias": False}] for op in AVG_POOL_LINEAR},
 }  # fmt: skip
 _BIG_CONVOLUTIONS = [
     {"channels": 512, "out": 2048, "kernel": 1, "stride": 1, "padding": 0, "residual": True},

@@ -243,7 +243,11 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
             *([3, 3], [2, 2], [1, 1], None, None),
         ),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
+        "max_pool_training": (t(8, 64, 112, 112), *pool),
+        "max_pool_backward": (pixels[..., :28, :28], taps, *pool, [56, 56]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+        "avg_pool_linear_training": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+        "avg_pool_linear_backward": (t(8, 1000), t(1000, 2048), [7, 7]),
     }
 
 
