@@ -48,6 +48,7 @@ _NO_PRODUCTS = (
     "batch_norm_act_max_pool",
     "batch_norm_act_max_pool_backward",
     "residual_block_backward",
+    "conv_bn_relu_backward",
     "max_pool",
     "max_pool_training",
     "max_pool_backward",

@@ -163,8 +163,10 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
+    frozen = [case for case in convs if (case["height"], case["out"]) in ((56, 64), (56, 256), (7, 512))]
     return {
         "conv_bn_relu": convs,
+        "conv_bn_relu_backward": [dataclasses.replace(case, op="conv_bn_relu_backward") for case in frozen],
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
@@ -252,6 +254,12 @@ SMALL: dict[str, list[Case]] = {
         Case.of(
             "conv_bn_relu", "stem", batch=2, channels=3, out=64, kernel=7, stride=2, padding=3,
             height=64, width=64,
+        ),
+    ],
+    "conv_bn_relu_backward": [
+        Case.of(
+            "conv_bn_relu_backward", "3x3 +res", batch=2, channels=64, out=64, kernel=3, stride=1, padding=1,
+            height=14, width=14, residual=True,
         ),
     ],
     "dual_conv_bn_relu": [

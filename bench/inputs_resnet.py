@@ -37,6 +37,28 @@ def _conv_bn_relu(case: Case, make: Maker) -> dict[str, Any]:
     }
 
 
+def _conv_bn_relu_backward(case: Case, make: Maker) -> dict[str, Any]:
+    given = _conv_bn_relu(case, make)
+    x, padding, residual = given["x"], case["padding"], given.pop("residual")
+    height, width = (
+        (case[side] + 2 * padding - case["kernel"]) // case["stride"] + 1 for side in ("height", "width")
+    )
+    size = (case["batch"], case["out"], height, width)
+    relu = given.pop("act") == "relu"
+    return given | {
+        "grad": make.image(*size),
+        # half of it below 0, as what went into the activation
+        "y": make.image(*size) if relu else None,
+        "size": list(x.shape),
+        "eps": 1e-5,
+        "stride": [case["stride"]] * 2,
+        "padding": [padding] * 2,
+        "mean": None,
+        "std": None,
+        "needs": [True, True, True, residual is not None and relu],
+    }
+
+
 def _batch_norm_act(case: Case, make: Maker) -> dict[str, Any]:
     size = tuple(case[name] for name in ("batch", "channels", "height", "width"))
     return {
@@ -65,6 +87,7 @@ def _batch_norm_act_backward(case: Case, make: Maker) -> dict[str, Any]:
         "needs_x": True,
         "needs_parameters": True,
         "needs_residual": bool(case.get("residual")),
+        "frozen": False,
     }
 
 
@@ -218,6 +241,7 @@ def _avg_pool_linear_backward(case: Case, make: Maker) -> dict[str, Any]:
 
 BUILDERS: dict[str, Builder] = {
     "conv_bn_relu": _conv_bn_relu,
+    "conv_bn_relu_backward": _conv_bn_relu_backward,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
     "bottleneck": _bottleneck,
     "bottleneck_chain": _bottleneck,

@@ -70,6 +70,11 @@ _KINDS: _Kinds = {
             (1, 31, 7, 1, 3, {"residual": True}),
         )
     ],
+    "conv_bn_relu_backward": [
+        {"channels": 64, "out": 64, "kernel": 3, "stride": 1, "padding": 1, "residual": True},
+        {"channels": 31, "out": 64, "kernel": 1, "stride": 2, "padding": 0, "act": "none"},
+        {"channels": 64, "out": 128, "kernel": 3, "stride": 2, "padding": 1, "groups": 32, "norm": "scale"},
+    ],
     "dual_conv_bn_relu": [
         {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
         for c, c2, o, s, rest in (

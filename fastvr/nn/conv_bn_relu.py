@@ -59,8 +59,8 @@ def conv_bn_relu(
     """``relu(bn(conv(x)) + residual)``; ``relu`` None is none.
 
     One launch where ``bn`` normalises by its running statistics (in eval, or frozen in training) and no
-    module is observed or replaced. Where it does by the batch's own, everything behind the convolution is one
-    op, if its kernel runs; else the modules are called.
+    module is observed or replaced. Where it does by the batch's own, or its weight is trained, everything
+    behind the convolution is one op, if its kernel runs; else the modules are called.
     """
     norm = batch_norm(bn)
     if norm is not None and plain_conv(conv) and conv.bias is None and (relu is None or plain(relu, nn.ReLU)):
@@ -81,14 +81,19 @@ def conv_bn_relu(
 def norm_act(
     bn: nn.Module, relu: nn.Module | None, made: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``relu(bn(made) + residual)``, one op where ``bn`` normalises by the batch's statistics, its
-    kernel runs and no module is observed or replaced."""
+    """``relu(bn(made) + residual)``, one op where ``bn`` is trained, its kernel runs and no module is
+    observed or replaced."""
     act = "none" if relu is None else "relu"
     if (
-        takes_batch_statistics(bn)
+        (takes_batch_statistics(bn) or trains_frozen(bn))
         and (relu is None or plain(relu, nn.ReLU))
         and fuses_batch_norm_act(made, bn, residual, act)
     ):
+        if trains_frozen(bn):
+            given = {"running_mean": bn.running_mean, "running_var": bn.running_var}
+            return batch_norm_act(made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act, **given)[
+                0
+            ]
         normalised, mean, var = batch_norm_act(
             made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act
         )
@@ -136,12 +141,28 @@ def dual_conv_bn_relu(
 
 def batch_norm(bn: nn.Module) -> BatchNorm | None:
     """What ``bn`` computes by running statistics, in eval or frozen in training; None where it does
-    not, or where it is observed or replaced."""
-    if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+    not, or where it is observed or replaced, or its own weight is trained: its gradient reads what the
+    convolution made, so no op may swallow that."""
+    if (
+        plain(bn, nn.BatchNorm2d)
+        and not bn.training
+        and bn.running_mean is not None
+        and not trains_frozen(bn)
+    ):
         return BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     if plain(bn, ScaleShift):
         return BatchNorm(bn.scale, bn.shift)
     return None
+
+
+def trains_frozen(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether ``bn``, a plain ``nn.BatchNorm2d`` of running statistics, gets a gradient of its weight where
+    kernels may run."""
+    if not (torch.is_grad_enabled() and plain(bn, nn.BatchNorm2d)) or bn.training or bn.running_mean is None:
+        return False
+    # the stubs say Parameter, but affine=False leaves None
+    weight: torch.Tensor | None = bn.weight
+    return weight is not None and weight.requires_grad and backend.kernels_possible(weight.device)
 
 
 def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

@@ -19,7 +19,7 @@ from fastvr.ops.batch_norm_act import (
     row_config,
     table_key,
 )
-from fastvr.ops.conv_bn_relu import output_size, too_many_pixels
+from fastvr.ops.conv_bn_relu import output_size
 from fastvr.ops.pool import pool_window
 from fastvr.ops.pool_backward import too_many_taps
 from fastvr.reference.batch_norm_act_max_pool import batch_norm_act_max_pool as reference
@@ -163,7 +163,7 @@ def _unsupported(a: Arguments) -> str | None:
         return "an empty batch"
     return (
         too_many_taps(a.kernel_size)
-        or too_many_pixels(a.x.numel() // a.x.shape[1])
+        or _check.too_many_pixels(a.x.numel() // a.x.shape[1])
         or _check.kernel_dtypes(*a)
     )
 

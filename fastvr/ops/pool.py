@@ -15,7 +15,7 @@ import torch
 from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops.conv_bn_relu import output_size, pair, too_many_pixels
+from fastvr.ops.conv_bn_relu import output_size, pair
 from fastvr.ops.linear_backward import parameter_gradients
 from fastvr.ops.pool_backward import AVG_POOL_LINEAR_BACKWARD, MAX_POOL_BACKWARD, too_many_taps
 from fastvr.reference import pool as reference
@@ -189,11 +189,15 @@ def _max_pool_fake_training(a: MaxPoolArguments) -> _Pair:
 
 def _max_pool_unsupported(a: MaxPoolArguments) -> str | None:
     n, _, oh, ow = _pooled_shape(*a)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(a.x)
+    return _check.too_many_pixels(n * oh * ow) or _check.kernel_dtypes(a.x)
 
 
 def _max_pool_unsupported_training(a: MaxPoolArguments) -> str | None:
-    return too_many_taps(a.window) or too_many_pixels(a.x.numel() // a.x.shape[1]) or _max_pool_unsupported(a)
+    return (
+        too_many_taps(a.window)
+        or _check.too_many_pixels(a.x.numel() // a.x.shape[1])
+        or _max_pool_unsupported(a)
+    )
 
 
 def _max_pool_backward(

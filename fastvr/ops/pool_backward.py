@@ -10,7 +10,6 @@ import torch
 from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.ops.conv_bn_relu import too_many_pixels
 from fastvr.reference import pool as reference
 
 
@@ -73,7 +72,7 @@ def _max_pool_fake(a: MaxPoolBackwardArguments) -> torch.Tensor:
 
 def _max_pool_unsupported(a: MaxPoolBackwardArguments) -> str | None:
     pixels = a.grad.shape[0] * a.size[0] * a.size[1]
-    return too_many_taps(a.kernel_size) or too_many_pixels(pixels) or _check.kernel_dtypes(a.grad)
+    return too_many_taps(a.kernel_size) or _check.too_many_pixels(pixels) or _check.kernel_dtypes(a.grad)
 
 
 MAX_POOL_BACKWARD = Op(
