@@ -13,6 +13,7 @@ from fastvr.models._other_names import RESNET_NAMES
 from fastvr.nn.head import classify_map
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
+from fastvr.nn.running_statistics import Moves
 from fastvr.nn.stem import stem
 
 
@@ -117,13 +118,16 @@ class ResNet(Model):
         first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         dtype = check_image(self, x, None, first)
         moments = self.image_moments(x, dtype)
-        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
+        moves = Moves()
+        x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype, moves)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
+                moves.apply()
                 for block in stage:
                     x = self.run_block(block, x, block)
             else:
-                x = run_stage(stage, x)
+                x = run_stage(stage, x, moves)
+        moves.apply()
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from fastvr import backend
 from fastvr.nn.plain import plain
+from fastvr.nn.running_statistics import track
 from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
 from fastvr.ops.conv_bn_relu import BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
@@ -172,50 +172,6 @@ def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     # the stubs say Parameter, but affine=False leaves None
     parameters: list[torch.Tensor | None] = [bn.weight, bn.bias]
     return None not in parameters and (bn.training or (bn.running_mean is None and bn.running_var is None))
-
-
-@torch.no_grad()
-def track(
-    norms: Sequence[nn.BatchNorm2d],
-    statistics: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    pixels: Iterable[int],
-) -> None:
-    """Move the running statistics as the modules' own forward does, by the unbiased variance, all together:
-    each launch of its own would take longer than what it does.
-
-    Args:
-        statistics: of each, the batch's mean and biased variance, [C].
-        pixels: of each, how many they were taken of.
-    """
-    tracking = [bn.training and bn.track_running_stats for bn in norms]
-    counters = [bn.num_batches_tracked for bn, on in zip(norms, tracking, strict=True) if on]
-    if counted := [counter for counter in counters if counter is not None]:
-        torch._foreach_add_(counted, 1)
-    running: list[torch.Tensor] = []
-    batches: list[torch.Tensor] = []
-    kept: list[float] = []
-    taken: list[float] = []
-    for bn, on, (mean, var), count in zip(norms, tracking, statistics, pixels, strict=True):
-        if not on or count == 0:
-            continue
-        factor = bn.momentum or 0.0
-        if bn.momentum is None and bn.num_batches_tracked is not None:
-            factor = 1.0 / float(bn.num_batches_tracked)
-        unbiased = count / (count - 1)
-        for buffer, batch, scale in ((bn.running_mean, mean, 1.0), (bn.running_var, var, unbiased)):
-            if buffer is not None:
-                running.append(buffer)
-                batches.append(batch)
-                kept.append(1.0 - factor)
-                taken.append(factor * scale)
-    if not running:
-        return
-    # in the batch's float32, also where the model's buffers are of 16 bits
-    moved = [buffer.to(batch.dtype) for buffer, batch in zip(running, batches, strict=True)]
-    torch._foreach_mul_(moved, kept)
-    torch._foreach_add_(moved, torch._foreach_mul(batches, taken))
-    if any(value is not buffer for buffer, value in zip(running, moved, strict=True)):
-        torch._foreach_copy_(running, moved)
 
 
 def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
