@@ -79,7 +79,7 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "norm", "kernel", "stride", "head_dim", "planes", "uint8")
+    kind = ("act", "gamma", "residual", "norm", "kernel", "stride", "head_dim", "planes", "uint8", "frozen")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None
         found.setdefault((single, *(case.get(name) for name in kind)), case)

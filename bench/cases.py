@@ -163,6 +163,18 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
+    norm_gradients.append(
+        Case.of(
+            "batch_norm_act_backward",
+            "256 56px +res frozen",
+            batch=batch,
+            channels=256,
+            height=56,
+            width=56,
+            residual=True,
+            frozen=True,
+        )
+    )
     frozen = [case for case in convs if (case["height"], case["out"]) in ((56, 64), (56, 256), (7, 512))]
     return {
         "conv_bn_relu": convs,
@@ -273,6 +285,7 @@ SMALL: dict[str, list[Case]] = {
     ],
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
+        Case.of("batch_norm_act_backward", "frozen", batch=2, channels=64, height=14, width=14, frozen=True),
     ],
     **{
         op: [Case.of(op, "stem", batch=2, channels=16, height=14, width=14)]

@@ -87,7 +87,7 @@ def _batch_norm_act_backward(case: Case, make: Maker) -> dict[str, Any]:
         "needs_x": True,
         "needs_parameters": True,
         "needs_residual": bool(case.get("residual")),
-        "frozen": False,
+        "frozen": bool(case.get("frozen")),
     }
 
 

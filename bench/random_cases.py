@@ -85,7 +85,7 @@ _KINDS: _Kinds = {
         )
     ],
     "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
-    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
+    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}, {"residual": True, "frozen": True}],
     "batch_norm_act_max_pool": [{}],
     "batch_norm_act_max_pool_backward": [{}],
     "residual_block": _RESIDUAL_BLOCKS,
