@@ -174,8 +174,10 @@ def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     return None not in parameters and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
-def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``conv(x)``, through the op where ``conv`` is plain."""
+def convolve(
+    conv: nn.Module, x: torch.Tensor, mean: torch.Tensor | None = None, std: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``conv(x)``, through the op where ``conv`` is plain: only then bytes, with ``mean`` and ``std``."""
     if plain_conv(conv):
         return conv_bn_relu_op(
             x,
@@ -186,6 +188,8 @@ def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
             padding=conv.padding,  # type: ignore[arg-type]
             groups=conv.groups,
             act="none",
+            mean=mean,
+            std=std,
         )
     y: torch.Tensor = conv(x)
     return y

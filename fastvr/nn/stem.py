@@ -12,6 +12,7 @@ from fastvr.nn.conv_bn_relu import (
     norm_act,
     plain_conv,
     takes_batch_statistics,
+    trains_frozen,
 )
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
@@ -66,6 +67,9 @@ def stem(
             mean=mean,
             std=std,
         )
+    if trains_frozen(bn) and plain_conv(conv):
+        # the convolution reads bytes as they are
+        return pool_map(maxpool, norm_act(bn, relu, convolve(conv, x, mean, std)))
     image = normalize(x, mean, std, dtype)
     if takes_batch_statistics(bn) and plain(relu, nn.ReLU) and plain_pool(maxpool):
         made = convolve(conv, image)
