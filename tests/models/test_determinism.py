@@ -62,7 +62,7 @@ def test_a_step_of_training_is_repeatable(model, images, device, deterministic) 
                     return step(model, x, upstream)
 
             first = shuffled(0)
-            runs = (shuffled(seed) for seed in (1, 2))
+            runs = (shuffled(seed) for seed in ((1, 2, 3) if isinstance(model, fastvr.ViT) else (1,)))
         for run in runs:
             assert run.keys() == first.keys()
             for name, tensor in run.items():

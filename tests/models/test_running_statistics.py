@@ -50,7 +50,7 @@ def test_all_of_a_model_move_at_once(tiny_resnet, images, device, monkeypatch) -
     assert set(counts(model)) == {1}
 
 
-@pytest.mark.parametrize("where", ["layer3", "layer3.0", "layer3.0.conv2"])
+@pytest.mark.parametrize("where", ["layer3", "layer3.0.conv2"])
 def test_a_hook_sees_what_has_moved(where, tiny_resnet, images, device) -> None:
     model, seen = tiny_resnet().to(device).train(), {}
     before = {name: t.clone() for name, t in moving(model).items()}
