@@ -48,9 +48,12 @@ _NO_PRODUCTS = (
     "batch_norm_act_max_pool",
     "batch_norm_act_max_pool_backward",
     "residual_block_backward",
+    "conv_bn_relu_backward",
     "max_pool",
     "swiglu",
     "swiglu_backward",
+    "max_pool_training",
+    "max_pool_backward",
 )
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -78,7 +81,7 @@ class Row:
 def kinds(op: str) -> list[cases.Case]:
     """One case of each kind of call: the shapes of a kind compile to the same binary."""
     found: dict[tuple[Any, ...], cases.Case] = {}
-    kind = ("act", "gamma", "residual", "norm", "kernel", "stride", "head_dim", "planes", "uint8")
+    kind = ("act", "gamma", "residual", "norm", "kernel", "stride", "head_dim", "planes", "uint8", "frozen")
     kind += ("drop_path", "dropout")
     for case in cases.cases(op, real=True):
         single = case.get("tokens", 0) is None

@@ -48,6 +48,8 @@ ATTENTION = ("attention", "attention_training", "attention_backward")
 BLOCK = ("layernorm_attention_training", "transformer_block_training")
 SWIGLU = ("swiglu", "swiglu_backward")
 MLP = ("layernorm_mlp", "layernorm_mlp_training")
+MAX_POOL = ("max_pool", "max_pool_training", "max_pool_backward")
+AVG_POOL_LINEAR = ("avg_pool_linear", "avg_pool_linear_training", "avg_pool_linear_backward")
 ATTENTION_KV = ("attention_kv", "attention_kv_training", "attention_kv_backward")
 
 
@@ -185,8 +187,22 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
         if width <= 128:
             blocks += [(width, wide, inner, {"source": channels, "stride": stride}), (width, wide, inner, {})]
         channels, size = wide, inner
+    norm_gradients.append(
+        Case.of(
+            "batch_norm_act_backward",
+            "256 56px +res frozen",
+            batch=batch,
+            channels=256,
+            height=56,
+            width=56,
+            residual=True,
+            frozen=True,
+        )
+    )
+    frozen = [case for case in convs if (case["height"], case["out"]) in ((56, 64), (56, 256), (7, 512))]
     return {
         "conv_bn_relu": convs,
+        "conv_bn_relu_backward": [dataclasses.replace(case, op="conv_bn_relu_backward") for case in frozen],
         "dual_conv_bn_relu": duals,
         "batch_norm_act": norms,
         "batch_norm_act_backward": norm_gradients,
@@ -218,10 +234,11 @@ def _resnet50(batch: int = REAL_BATCH) -> dict[str, list[Case]]:
             )
             for label, rest in (("stem", {}), ("stem uint8", {"uint8": True}))
         ],
-        "max_pool": [Case.of("max_pool", "stem", batch=batch, channels=64, height=112, width=112)],
-        "avg_pool_linear": [
-            Case.of("avg_pool_linear", "head", batch=batch, channels=2048, height=7, width=7, n=1000)
-        ],
+        **{op: [Case.of(op, "stem", batch=batch, channels=64, height=112, width=112)] for op in MAX_POOL},
+        **{
+            op: [Case.of(op, "head", batch=batch, channels=2048, height=7, width=7, n=1000)]
+            for op in AVG_POOL_LINEAR
+        },
     }
 
 
@@ -276,6 +293,12 @@ SMALL: dict[str, list[Case]] = {
             height=64, width=64,
         ),
     ],
+    "conv_bn_relu_backward": [
+        Case.of(
+            "conv_bn_relu_backward", "3x3 +res", batch=2, channels=64, out=64, kernel=3, stride=1, padding=1,
+            height=14, width=14, residual=True,
+        ),
+    ],
     "dual_conv_bn_relu": [
         Case.of(
             "dual_conv_bn_relu", "/2", batch=2, channels=32, channels2=64, out=128, stride=2,
@@ -287,6 +310,7 @@ SMALL: dict[str, list[Case]] = {
     ],
     "batch_norm_act_backward": [
         Case.of("batch_norm_act_backward", "+res", batch=2, channels=64, height=14, width=14, residual=True),
+        Case.of("batch_norm_act_backward", "frozen", batch=2, channels=64, height=14, width=14, frozen=True),
     ],
     **{
         op: [Case.of(op, "stem", batch=2, channels=16, height=14, width=14)]
@@ -320,8 +344,8 @@ SMALL: dict[str, list[Case]] = {
             height=32, width=32,
         ),
     ],
-    "max_pool": [Case.of("max_pool", "stem", batch=2, channels=64, height=28, width=28)],
-    "avg_pool_linear": [Case.of("avg_pool_linear", "head", batch=2, channels=512, height=7, width=7, n=100)],
+    **{op: [Case.of(op, "stem", batch=2, channels=64, height=28, width=28)] for op in MAX_POOL},
+    **{op: [Case.of(op, "head", batch=2, channels=512, height=7, width=7, n=100)] for op in AVG_POOL_LINEAR},
 }  # fmt: skip
 
 OPS = tuple(SMALL)

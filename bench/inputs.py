@@ -30,7 +30,9 @@ _MODULES = {
     "linear_act_backward": "linear_act_backward",
     "bottleneck_chain": "bottleneck",
     "max_pool": "pool",
+    "max_pool_training": "pool",
     "avg_pool_linear": "pool",
+    "avg_pool_linear_training": "pool",
 }
 
 

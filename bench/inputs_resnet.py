@@ -37,6 +37,28 @@ def _conv_bn_relu(case: Case, make: Maker) -> dict[str, Any]:
     }
 
 
+def _conv_bn_relu_backward(case: Case, make: Maker) -> dict[str, Any]:
+    given = _conv_bn_relu(case, make)
+    x, padding, residual = given["x"], case["padding"], given.pop("residual")
+    height, width = (
+        (case[side] + 2 * padding - case["kernel"]) // case["stride"] + 1 for side in ("height", "width")
+    )
+    size = (case["batch"], case["out"], height, width)
+    relu = given.pop("act") == "relu"
+    return given | {
+        "grad": make.image(*size),
+        # half of it below 0, as what went into the activation
+        "y": make.image(*size) if relu else None,
+        "size": list(x.shape),
+        "eps": 1e-5,
+        "stride": [case["stride"]] * 2,
+        "padding": [padding] * 2,
+        "mean": None,
+        "std": None,
+        "needs": [True, True, True, residual is not None and relu],
+    }
+
+
 def _batch_norm_act(case: Case, make: Maker) -> dict[str, Any]:
     size = tuple(case[name] for name in ("batch", "channels", "height", "width"))
     return {
@@ -65,6 +87,7 @@ def _batch_norm_act_backward(case: Case, make: Maker) -> dict[str, Any]:
         "needs_x": True,
         "needs_parameters": True,
         "needs_residual": bool(case.get("residual")),
+        "frozen": bool(case.get("frozen")),
     }
 
 
@@ -196,8 +219,29 @@ def _avg_pool_linear(case: Case, make: Maker) -> dict[str, Any]:
     }
 
 
+def _max_pool_training(case: Case, make: Maker) -> dict[str, Any]:
+    given = _max_pool(case, make)
+    return {"x": given["x"], "kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1]}
+
+
+def _max_pool_backward(case: Case, make: Maker) -> dict[str, Any]:
+    from fastvr.reference.pool import max_pool_training
+
+    given = _max_pool_training(case, make)
+    y, taps = max_pool_training(**given)
+    size = list(given.pop("x").shape[2:])
+    return given | {"grad": make.image(*y.shape), "taps": taps, "size": size}
+
+
+def _avg_pool_linear_backward(case: Case, make: Maker) -> dict[str, Any]:
+    weight = _avg_pool_linear(case, make)["weight"]
+    grad = make.normal(case["batch"], case["n"])
+    return {"grad": grad, "weight": weight, "size": [case["height"], case["width"]]}
+
+
 BUILDERS: dict[str, Builder] = {
     "conv_bn_relu": _conv_bn_relu,
+    "conv_bn_relu_backward": _conv_bn_relu_backward,
     "dual_conv_bn_relu": _dual_conv_bn_relu,
     "bottleneck": _bottleneck,
     "bottleneck_chain": _bottleneck,
@@ -209,5 +253,9 @@ BUILDERS: dict[str, Builder] = {
     "residual_block": _residual_block,
     "residual_block_backward": _residual_block_backward,
     "max_pool": _max_pool,
+    "max_pool_training": _max_pool_training,
+    "max_pool_backward": _max_pool_backward,
     "avg_pool_linear": _avg_pool_linear,
+    "avg_pool_linear_training": _avg_pool_linear,
+    "avg_pool_linear_backward": _avg_pool_linear_backward,
 }

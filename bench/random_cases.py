@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from cases import ATTENTION, ATTENTION_KV, BLOCK, MLP, SWIGLU, Case
+from cases import ATTENTION, ATTENTION_KV, AVG_POOL_LINEAR, BLOCK, MAX_POOL, MLP, SWIGLU, Case
 
 # What random cases draw from. Flags and compile-time sizes come as a few fixed kinds, since each combination
 # is a binary of its own, which takes a second to compile; sizes that vary at run time span the whole grid.
@@ -82,6 +82,11 @@ _KINDS: _Kinds = {
             (1, 31, 7, 1, 3, {"residual": True}),
         )
     ],
+    "conv_bn_relu_backward": [
+        {"channels": 64, "out": 64, "kernel": 3, "stride": 1, "padding": 1, "residual": True},
+        {"channels": 31, "out": 64, "kernel": 1, "stride": 2, "padding": 0, "act": "none"},
+        {"channels": 64, "out": 128, "kernel": 3, "stride": 2, "padding": 1, "groups": 32, "norm": "scale"},
+    ],
     "dual_conv_bn_relu": [
         {"channels": c, "channels2": c2, "out": o, "stride": s} | rest
         for c, c2, o, s, rest in (
@@ -92,7 +97,7 @@ _KINDS: _Kinds = {
         )
     ],
     "batch_norm_act": [{}, {"residual": True}, {"act": "none"}],
-    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}],
+    "batch_norm_act_backward": [{}, {"residual": True}, {"act": "none"}, {"residual": True, "frozen": True}],
     "batch_norm_act_max_pool": [{}],
     "batch_norm_act_max_pool_backward": [{}],
     "residual_block": _RESIDUAL_BLOCKS,
@@ -113,8 +118,8 @@ _KINDS: _Kinds = {
         {"channels": 3, "out": 64, "kernel": 7, "stride": 2, "padding": 3, "uint8": True},
         {"channels": 1, "out": 31, "kernel": 3, "stride": 1, "padding": 1},
     ],
-    "max_pool": [{}],
-    "avg_pool_linear": [{}, {"bias": False}],
+    **{op: [{}] for op in MAX_POOL},
+    **{op: [{}, {"bias": False}] for op in AVG_POOL_LINEAR},
 }  # fmt: skip
 _BIG_CONVOLUTIONS = [
     {"channels": 512, "out": 2048, "kernel": 1, "stride": 1, "padding": 0, "residual": True},

@@ -219,14 +219,18 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
         "linear_weight_backward": (t(8 * 197, d), t(8 * 197, d), None, None, None, True, None),
         "linear_act_backward": (t(8 * 197, d), t(d, 4 * d), t(8 * 197, 4 * d), "gelu", True),
         "conv_bn_relu": (pixels, t(64, 64, 3, 3), *norm, 1e-5, [1, 1], [1, 1], 1, "relu", None, None, None),
+        "conv_bn_relu_backward": (
+            *(pixels, pixels, pixels, list(pixels.shape), t(64, 64, 3, 3), t(64), t(64), moments + 1, 1e-5),
+            *([1, 1], [1, 1], 1, None, None, [True] * 4),
+        ),
         "dual_conv_bn_relu": (
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5),
             *(pixels, t(64, 64, 1, 1), *norm, 1e-5, [1, 1], "relu"),
         ),
-        "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu"),
+        "batch_norm_act": (pixels, t(64), t(64), 1e-5, pixels, "relu", None, None),
         "batch_norm_act_backward": (
             *(pixels, pixels, pixels, moments, moments, t(64), None, 1e-5),
-            *(True, True, True),
+            *(True, True, True, False),
         ),
         "batch_norm_act_max_pool": (pixels, t(64), t(64), 1e-5, *pool),
         "batch_norm_act_max_pool_backward": (
@@ -245,7 +249,11 @@ def _arguments(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any,
             *([3, 3], [2, 2], [1, 1], None, None),
         ),
         "max_pool": (t(8, 64, 112, 112), [3, 3], [2, 2], [1, 1]),
+        "max_pool_training": (t(8, 64, 112, 112), *pool),
+        "max_pool_backward": (pixels[..., :28, :28], taps, *pool, [56, 56]),
         "avg_pool_linear": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+        "avg_pool_linear_training": (t(8, 2048, 7, 7), t(1000, 2048), t(1000)),
+        "avg_pool_linear_backward": (t(8, 1000), t(1000, 2048), [7, 7]),
     }
 
 

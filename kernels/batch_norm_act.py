@@ -6,7 +6,8 @@ rstd = 1 / sqrt(var + eps), with mean and biased variance of each channel over a
 
 Backward: with xhat = (x - mean) * rstd and g = dy where y > 0, dbias = sum(g), dweight = sum(g * xhat) and
 dx = weight * rstd * (g - dbias / M - xhat * dweight / M); dresidual = g. One launch leaves shares of both
-sums, the second adds them in a fixed order, the third writes dx and dresidual.
+sums, the second adds them in a fixed order, the third writes dx and dresidual. Of statistics that are given
+dx = weight * rstd * g, which the first writes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def _batch_norm_act_fwd_kernel(
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0) + eps)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) + eps)
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     y = (x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
@@ -82,7 +83,9 @@ def _batch_norm_act_bwd_sums_kernel(
     var_ptr,  # [C] float32
     weight_ptr,  # [C]
     bias_ptr,  # [C] or None
-    parts_ptr,  # [ceil(M / ROWS), 2, C] float32: shares of dbias, then of dweight
+    parts_ptr,  # [ceil(M / ROWS), 2, C] float32: shares of dbias, then of dweight; or None
+    dx_ptr,  # [M, C], of statistics that are given; or None
+    dresidual_ptr,  # [M, C], with dx or in its place; or None
     M,
     C,
     ROWS,  # of each part
@@ -94,8 +97,8 @@ def _batch_norm_act_bwd_sums_kernel(
     part = tl.program_id(0) // num_c
     offs_c = tl.program_id(0) % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0) + eps)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) + eps)
     first = part * ROWS
     stop = tl.minimum(first + ROWS, M)
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -108,11 +111,18 @@ def _batch_norm_act_bwd_sums_kernel(
         grad = _masked_grad(
             grad_ptr, y_ptr, deviation, weight_ptr, bias_ptr, rstd, offs, offs_c, mask, mask_c
         )
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offs, grad.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dx_ptr is not None:
+            weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            dx = grad * (rstd * weight)[None, :]
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += grad
         along += grad * deviation
-    parts = parts_ptr + part.to(tl.int64) * 2 * C + offs_c
-    tl.store(parts, tl.sum(dbias, 0), mask=mask_c)
-    tl.store(parts + C, tl.sum(along, 0) * rstd, mask=mask_c)
+    if parts_ptr is not None:
+        parts = parts_ptr + part.to(tl.int64) * 2 * C + offs_c
+        tl.store(parts, tl.sum(dbias, 0), mask=mask_c)
+        tl.store(parts + C, tl.sum(along, 0) * rstd, mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -164,8 +174,8 @@ def _batch_norm_act_bwd_kernel(
     mask_c = offs_c < C
     mask = (offs_m < M)[:, None] & mask_c[None, :]
     offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0)
-    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0) + eps)
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.load(var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) + eps)
     # of no use to dresidual, and not loaded then
     deviation = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     grad = _masked_grad(grad_ptr, y_ptr, deviation, weight_ptr, bias_ptr, rstd, offs, offs_c, mask, mask_c)
@@ -243,12 +253,13 @@ def launch_batch_norm_act_bwd(
     var: torch.Tensor,  # [C] float32
     weight: torch.Tensor,  # [C]
     bias: torch.Tensor | None,  # [C], of an activation without one
-    parts: torch.Tensor | None,  # [ceil(M / rows_a_part), 2, C] float32, with dx or dweight
+    parts: torch.Tensor | None,  # [ceil(M / rows_a_part), 2, C] float32, with dweight or, unless frozen, dx
     sums: torch.Tensor | None,  # [2, C] float32, with parts
     dx: torch.Tensor | None,  # [M, C]
     dweight: torch.Tensor | None,  # [C]
     dbias: torch.Tensor | None,  # [C], with dweight
     dresidual: torch.Tensor | None,  # [M, C]
+    frozen: bool,  # mean and var are not the batch's
     eps: float,
     config: dict[str, int],
 ) -> None:
@@ -263,21 +274,25 @@ def launch_batch_norm_act_bwd(
         "bias_ptr": bias,
     }
     num_c = ceil_div(C, config["BLOCK_C"])
-    if parts is not None:
+    if parts is not None or frozen:
+        ROWS = rows_a_part(M, C, config)
         launch(
             _batch_norm_act_bwd_sums_kernel,
-            (len(parts) * num_c,),
+            (ceil_div(M, ROWS) * num_c,),
             config,
             **maps,
             parts_ptr=parts,
+            dx_ptr=dx if frozen else None,
+            dresidual_ptr=dresidual if frozen else None,
             M=M,
             C=C,
-            ROWS=rows_a_part(M, C, config),
+            ROWS=ROWS,
             eps=eps,
         )
+    if parts is not None:
         assert sums is not None
         merge_gradient_sums(parts=parts, sums=sums, dweight=dweight, dbias=dbias, config=config)
-    if dx is not None or dresidual is not None:
+    if not frozen and (dx is not None or dresidual is not None):
         launch(
             _batch_norm_act_bwd_kernel,
             (ceil_div(M, config["BLOCK_M"]) * num_c,),

@@ -11,8 +11,6 @@ themselves. The formulas are `batch_norm_act`'s.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,8 @@ from fastvr.kernels.activations import relu
 from fastvr.kernels.batch_norm_act import merge_gradient_sums
 from fastvr.kernels.batch_norm_stats import rows_a_part
 from fastvr.kernels.common import ceil_div, launch
+from fastvr.kernels.pool import window_arguments
+from fastvr.kernels.pool_backward import gather_from_windows, windows_a_pixel
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
@@ -81,50 +81,6 @@ def _batch_norm_act_max_pool_fwd_kernel(
     tl.store(taps_ptr + offs, tl.where(best <= 0.0, 255, taps).to(tl.uint8), mask=mask)
 
 
-@triton.jit
-def _gathered(
-    grad_ptr,
-    taps_ptr,
-    rows,
-    offs_c,
-    mask,
-    C,
-    H,
-    W,
-    OH,
-    OW,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    WINDOWS_H: tl.constexpr,
-    WINDOWS_W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The gradient of pixels of what was pooled."""
-    pixels = rows % (H * W)
-    down = pixels // W + pad_h
-    right = pixels % W + pad_w
-    first = (rows // (H * W)).to(tl.int64) * OH * OW
-    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for i in tl.static_range(WINDOWS_H):
-        for j in tl.static_range(WINDOWS_W):
-            oh = down // stride_h - i
-            ow = right // stride_w - j
-            kh = down - oh * stride_h
-            kw = right - ow * stride_w
-            inside = (oh >= 0) & (oh < OH) & (kh < KH) & (ow >= 0) & (ow < OW) & (kw < KW)
-            offs = (first + oh.to(tl.int64) * OW + ow)[:, None] * C + offs_c[None, :]
-            there = mask & inside[:, None]
-            taps = tl.load(taps_ptr + offs, mask=there, other=255).to(tl.int32)
-            grad = tl.load(grad_ptr + offs, mask=there, other=0.0).to(tl.float32)
-            total += tl.where(taps == (kh * KW + kw)[:, None], grad, 0.0)
-    return total
-
-
 @triton.jit(do_not_specialize=["M", "ROWS", "H", "W", "OH", "OW"])
 def _batch_norm_act_max_pool_bwd_sums_kernel(
     grad_ptr,  # [N, OH, OW, C]
@@ -165,7 +121,7 @@ def _batch_norm_act_max_pool_bwd_sums_kernel(
     for start in range(first, stop, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < stop)[:, None] & mask_c[None, :]
-        grad = _gathered(
+        grad = gather_from_windows(
             grad_ptr, taps_ptr, rows, offs_c, mask, C, H, W, OH, OW, stride_h, stride_w, pad_h, pad_w,
             KH, KW, WINDOWS_H, WINDOWS_W, BLOCK_M, BLOCK_C,
         )  # fmt: skip
@@ -211,7 +167,7 @@ def _batch_norm_act_max_pool_bwd_kernel(
     offs_c = tl.program_id(0) % num_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mask = (rows < M)[:, None] & mask_c[None, :]
-    grad = _gathered(
+    grad = gather_from_windows(
         grad_ptr, taps_ptr, rows, offs_c, mask, C, H, W, OH, OW, stride_h, stride_w, pad_h, pad_w,
         KH, KW, WINDOWS_H, WINDOWS_W, BLOCK_M, BLOCK_C,
     )  # fmt: skip
@@ -224,24 +180,6 @@ def _batch_norm_act_max_pool_bwd_kernel(
     along = tl.load(sums_ptr + C + offs_c, mask=mask_c, other=0.0) / M * rstd
     dx = grad - dbias[None, :] - (x - mean[None, :]) * along[None, :]
     tl.store(dx_ptr + offs, (dx * (rstd * weight)[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-def _window(
-    x: torch.Tensor, y: torch.Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-) -> dict[str, Any]:
-    return {
-        "C": x.shape[1],
-        "H": x.shape[2],
-        "W": x.shape[3],
-        "OH": y.shape[2],
-        "OW": y.shape[3],
-        "stride_h": stride[0],
-        "stride_w": stride[1],
-        "pad_h": padding[0],
-        "pad_w": padding[1],
-        "KH": size[0],
-        "KW": size[1],
-    }
 
 
 def launch_batch_norm_act_max_pool_fwd(
@@ -274,7 +212,7 @@ def launch_batch_norm_act_max_pool_fwd(
         taps_ptr=taps,
         M=M,
         eps=eps,
-        **_window(x, y, kernel_size, stride, padding),
+        **window_arguments(x, y, kernel_size, stride, padding),
     )
 
 
@@ -307,9 +245,8 @@ def launch_batch_norm_act_max_pool_bwd(
         "var_ptr": var,
         "M": M,
         "eps": eps,
-        "WINDOWS_H": ceil_div(kernel_size[0], stride[0]),
-        "WINDOWS_W": ceil_div(kernel_size[1], stride[1]),
-        **_window(x, grad, kernel_size, stride, padding),
+        **windows_a_pixel(kernel_size, stride),
+        **window_arguments(x, grad, kernel_size, stride, padding),
     }
     num_c = ceil_div(C, config["BLOCK_C"])
     launch(

@@ -1,10 +1,13 @@
 """Max pooling over NHWC memory, and global average pooling with the classifier behind it in one launch.
 
 max_pool: a program takes some output pixels and a block of channels, and walks the window; a NaN in the
-window is the result, as in PyTorch. avg_pool_linear: y = mean over pixels of x @ weight.T + bias, where each
-program pools its samples, block of channels by block of channels, on their way into the product. Sums are
-float32, BLOCK_P partial ones a channel; the mean is rounded once, to the weight's dtype, as a separate
-pooling would store it.
+window is the result, as in PyTorch. For a gradient it also leaves which tap of the window that was: of equal
+ones the first, of several NaNs the last, as PyTorch decides on a CPU.
+
+avg_pool_linear: y = mean over pixels of x @ weight.T + bias, where each program pools its samples, block of
+channels by block of channels, on their way into the product. Sums are float32, BLOCK_P partial ones a
+channel; the mean is rounded once, to the weight's dtype, as a separate pooling would store it. For a gradient
+the means are left too.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvr.kernels.common import dot_precision, launch
+from fastvr.kernels.common import ceil_div, dot_precision, launch
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "OH", "OW"])
 def _max_pool_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides
     y_ptr,  # [N, C, OH, OW], channels_last
+    taps_ptr,  # [N, C, OH, OW], channels_last, uint8, or None
     M,  # N * OH * OW
     C,
     H,
@@ -58,6 +62,7 @@ def _max_pool_fwd_kernel(
     )
     x_ptrs = x_rows[:, None] + offs_c.to(tl.int64)[None, :] * stride_xc
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), tl.float32)
+    taps = tl.full((BLOCK_M, BLOCK_C), -1, tl.int32)
     for kh in range(KH):
         for kw in range(KW):
             ih = top + kh
@@ -68,9 +73,16 @@ def _max_pool_fwd_kernel(
                 tl.float32
             )
             # a NaN is taken, and then kept: no comparison with it is true
-            best = tl.where((x > best) | (x != x), x, best)
-    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
-    tl.store(y_ptrs, best.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+            taken = (x > best) | (x != x)
+            best = tl.where(taken, x, best)
+            if taps_ptr is not None:
+                # where all is -inf, the first inside
+                taps = tl.where(taken | (inside[:, None] & (taps < 0)), kh * KW + kw, taps)
+    mask = mask_m[:, None] & mask_c[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * C + offs_c[None, :]
+    tl.store(y_ptr + offs, best.to(y_ptr.dtype.element_ty), mask=mask)
+    if taps_ptr is not None:
+        tl.store(taps_ptr + offs, taps.to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "P", "W"])
@@ -79,6 +91,7 @@ def _avg_pool_linear_fwd_kernel(
     weight_ptr,  # [N, K], any strides
     bias_ptr,  # [N] or None
     y_ptr,  # [B, N]
+    pooled_ptr,  # [B, K] or None
     B,
     N,
     K,
@@ -123,6 +136,11 @@ def _avg_pool_linear_fwd_kernel(
                 other=0.0,
             ).to(tl.float32)
         pooled = (tl.sum(sums, 1) / P).to(weight_ptr.dtype.element_ty)
+        if pooled_ptr is not None:
+            pooled_ptrs = pooled_ptr + offs_b[:, None] * K + offs[None, :]
+            # the programs of other columns have the same
+            if tl.program_id(0) % num_n == 0:
+                tl.store(pooled_ptrs, pooled, mask=mask)
         w_ptrs = w_columns[None, :] + offs.to(tl.int64)[:, None] * stride_wk
         w = tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         acc = tl.dot(pooled, w, acc, input_precision=PRECISION)
@@ -130,6 +148,25 @@ def _avg_pool_linear_fwd_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_b[:, None] * stride_yb + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_b[:, None] & mask_n[None, :])
+
+
+def window_arguments(
+    x: torch.Tensor, y: torch.Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> dict[str, Any]:
+    """A pool's sizes as kernels take them: ``x`` [N, C, H, W] is pooled to ``y``."""
+    return {
+        "C": x.shape[1],
+        "H": x.shape[2],
+        "W": x.shape[3],
+        "OH": y.shape[2],
+        "OW": y.shape[3],
+        "stride_h": stride[0],
+        "stride_w": stride[1],
+        "pad_h": padding[0],
+        "pad_w": padding[1],
+        "KH": size[0],
+        "KW": size[1],
+    }
 
 
 def _max_pool_tile(m: int, c: int, num_warps: int) -> dict[str, int]:
@@ -155,33 +192,25 @@ def launch_max_pool_fwd(
     *,
     x: torch.Tensor,  # [N, C, H, W], any strides
     y: torch.Tensor,  # [N, C, OH, OW], channels_last
+    taps: torch.Tensor | None = None,  # [N, C, OH, OW], channels_last, uint8
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     config: dict[str, int],
 ) -> None:
-    N, C, H, W = x.shape
-    OH, OW = y.shape[2:]
-    M = N * OH * OW
-    arguments: dict[str, Any] = {
-        "x_ptr": x,
-        "y_ptr": y,
-        "M": M,
-        "C": C,
-        "H": H,
-        "W": W,
-        "OH": OH,
-        "OW": OW,
+    C = x.shape[1]
+    M = y.numel() // C
+    launch(
+        _max_pool_fwd_kernel,
+        (ceil_div(M, config["BLOCK_M"]) * ceil_div(C, config["BLOCK_C"]),),
+        config,
+        x_ptr=x,
+        y_ptr=y,
+        taps_ptr=taps,
+        M=M,
         **{f"stride_x{d}": s for d, s in zip("nchw", x.stride(), strict=True)},
-        "stride_h": stride[0],
-        "stride_w": stride[1],
-        "pad_h": padding[0],
-        "pad_w": padding[1],
-        "KH": kernel_size[0],
-        "KW": kernel_size[1],
-    }
-    grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_C"]),)
-    launch(_max_pool_fwd_kernel, grid, config, **arguments)
+        **window_arguments(x, y, kernel_size, stride, padding),
+    )
 
 
 def _head_tile(m: int, n: int, k: int, p: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -211,6 +240,7 @@ def launch_avg_pool_linear_fwd(
     weight: torch.Tensor,  # [N, K], any strides
     bias: torch.Tensor | None,
     y: torch.Tensor,  # [B, N], last dimension contiguous
+    pooled: torch.Tensor | None = None,  # [B, K], weight's dtype
     config: dict[str, int],
 ) -> None:
     B, K, H, W = x.shape
@@ -220,6 +250,7 @@ def launch_avg_pool_linear_fwd(
         "weight_ptr": weight,
         "bias_ptr": bias,
         "y_ptr": y,
+        "pooled_ptr": pooled,
         "B": B,
         "N": N,
         "K": K,
@@ -232,5 +263,5 @@ def launch_avg_pool_linear_fwd(
         "PRECISION": dot_precision(weight.dtype),
         "EVEN_K": K % config["BLOCK_K"] == 0,
     }
-    grid = (triton.cdiv(B, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
+    grid = (ceil_div(B, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"]),)
     launch(_avg_pool_linear_fwd_kernel, grid, config, **arguments)

@@ -14,6 +14,7 @@ from fastvr.models.features import check_output_fmt, take_indices
 from fastvr.nn.head import classify_map, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
+from fastvr.nn.running_statistics import Moves
 from fastvr.nn.stem import stem, stem_map
 
 
@@ -135,22 +136,24 @@ class ResNet(Model):
         first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         dtype = check_image(self, x, None, first)
         moments = self.image_moments(x, dtype)
-        maps: list[torch.Tensor] = []
+        moves, maps = Moves(), list[torch.Tensor]()
         if 0 in taken:
             x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
             maps.append(x)
             x = pool_map(self.maxpool, x)
         else:
-            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype)
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype, moves)
         stages = (self.layer1, self.layer2, self.layer3, self.layer4)
         for i, stage in enumerate(stages[:last], 1):
             if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
+                moves.apply()
                 for block in stage:
                     x = self.run_block(block, x, block)
             else:
-                x = run_stage(stage, x)
+                x = run_stage(stage, x, moves)
             if i in taken:
                 maps.append(x)
+        moves.apply()
         return x, maps
 
     def forward_intermediates(

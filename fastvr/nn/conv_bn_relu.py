@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from fastvr import backend
 from fastvr.nn.plain import plain
+from fastvr.nn.running_statistics import track
 from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
 from fastvr.ops.conv_bn_relu import BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
@@ -59,8 +59,8 @@ def conv_bn_relu(
     """``relu(bn(conv(x)) + residual)``; ``relu`` None is none.
 
     One launch where ``bn`` normalises by its running statistics (in eval, or frozen in training) and no
-    module is observed or replaced. Where it does by the batch's own, everything behind the convolution is one
-    op, if its kernel runs; else the modules are called.
+    module is observed or replaced. Where it does by the batch's own, or its weight is trained, everything
+    behind the convolution is one op, if its kernel runs; else the modules are called.
     """
     norm = batch_norm(bn)
     if norm is not None and plain_conv(conv) and conv.bias is None and (relu is None or plain(relu, nn.ReLU)):
@@ -81,14 +81,19 @@ def conv_bn_relu(
 def norm_act(
     bn: nn.Module, relu: nn.Module | None, made: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``relu(bn(made) + residual)``, one op where ``bn`` normalises by the batch's statistics, its
-    kernel runs and no module is observed or replaced."""
+    """``relu(bn(made) + residual)``, one op where ``bn`` is trained, its kernel runs and no module is
+    observed or replaced."""
     act = "none" if relu is None else "relu"
     if (
-        takes_batch_statistics(bn)
+        (takes_batch_statistics(bn) or trains_frozen(bn))
         and (relu is None or plain(relu, nn.ReLU))
         and fuses_batch_norm_act(made, bn, residual, act)
     ):
+        if trains_frozen(bn):
+            given = {"running_mean": bn.running_mean, "running_var": bn.running_var}
+            return batch_norm_act(made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act, **given)[
+                0
+            ]
         normalised, mean, var = batch_norm_act(
             made, bn.weight, bn.bias, eps=bn.eps, residual=residual, act=act
         )
@@ -136,12 +141,28 @@ def dual_conv_bn_relu(
 
 def batch_norm(bn: nn.Module) -> BatchNorm | None:
     """What ``bn`` computes by running statistics, in eval or frozen in training; None where it does
-    not, or where it is observed or replaced."""
-    if plain(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+    not, or where it is observed or replaced, or its own weight is trained: its gradient reads what the
+    convolution made, so no op may swallow that."""
+    if (
+        plain(bn, nn.BatchNorm2d)
+        and not bn.training
+        and bn.running_mean is not None
+        and not trains_frozen(bn)
+    ):
         return BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
     if plain(bn, ScaleShift):
         return BatchNorm(bn.scale, bn.shift)
     return None
+
+
+def trains_frozen(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether ``bn``, a plain ``nn.BatchNorm2d`` of running statistics, gets a gradient of its weight where
+    kernels may run."""
+    if not (torch.is_grad_enabled() and plain(bn, nn.BatchNorm2d)) or bn.training or bn.running_mean is None:
+        return False
+    # the stubs say Parameter, but affine=False leaves None
+    weight: torch.Tensor | None = bn.weight
+    return weight is not None and weight.requires_grad and backend.kernels_possible(weight.device)
 
 
 def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -153,52 +174,10 @@ def takes_batch_statistics(bn: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
     return None not in parameters and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
-@torch.no_grad()
-def track(
-    norms: Sequence[nn.BatchNorm2d],
-    statistics: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    pixels: Iterable[int],
-) -> None:
-    """Move the running statistics as the modules' own forward does, by the unbiased variance, all together:
-    each launch of its own would take longer than what it does.
-
-    Args:
-        statistics: of each, the batch's mean and biased variance, [C].
-        pixels: of each, how many they were taken of.
-    """
-    tracking = [bn.training and bn.track_running_stats for bn in norms]
-    counters = [bn.num_batches_tracked for bn, on in zip(norms, tracking, strict=True) if on]
-    if counted := [counter for counter in counters if counter is not None]:
-        torch._foreach_add_(counted, 1)
-    running: list[torch.Tensor] = []
-    batches: list[torch.Tensor] = []
-    kept: list[float] = []
-    taken: list[float] = []
-    for bn, on, (mean, var), count in zip(norms, tracking, statistics, pixels, strict=True):
-        if not on or count == 0:
-            continue
-        factor = bn.momentum or 0.0
-        if bn.momentum is None and bn.num_batches_tracked is not None:
-            factor = 1.0 / float(bn.num_batches_tracked)
-        unbiased = count / (count - 1)
-        for buffer, batch, scale in ((bn.running_mean, mean, 1.0), (bn.running_var, var, unbiased)):
-            if buffer is not None:
-                running.append(buffer)
-                batches.append(batch)
-                kept.append(1.0 - factor)
-                taken.append(factor * scale)
-    if not running:
-        return
-    # in the batch's float32, also where the model's buffers are of 16 bits
-    moved = [buffer.to(batch.dtype) for buffer, batch in zip(running, batches, strict=True)]
-    torch._foreach_mul_(moved, kept)
-    torch._foreach_add_(moved, torch._foreach_mul(batches, taken))
-    if any(value is not buffer for buffer, value in zip(running, moved, strict=True)):
-        torch._foreach_copy_(running, moved)
-
-
-def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``conv(x)``, through the op where ``conv`` is plain."""
+def convolve(
+    conv: nn.Module, x: torch.Tensor, mean: torch.Tensor | None = None, std: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``conv(x)``, through the op where ``conv`` is plain: only then bytes, with ``mean`` and ``std``."""
     if plain_conv(conv):
         return conv_bn_relu_op(
             x,
@@ -209,6 +188,8 @@ def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
             padding=conv.padding,  # type: ignore[arg-type]
             groups=conv.groups,
             act="none",
+            mean=mean,
+            std=std,
         )
     y: torch.Tensor = conv(x)
     return y

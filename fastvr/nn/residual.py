@@ -12,6 +12,7 @@ from fastvr import backend
 from fastvr.nn.conv_bn_relu import batch_norm, conv_bn_relu, dual_conv_bn_relu, plain_conv, pointwise
 from fastvr.nn.plain import plain
 from fastvr.nn.residual_training import train_block
+from fastvr.nn.running_statistics import Moves
 from fastvr.ops.bottleneck import Shortcut
 from fastvr.ops.bottleneck import bottleneck as bottleneck_op
 from fastvr.ops.bottleneck import bottleneck_chain as bottleneck_chain_op
@@ -44,10 +45,17 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, planes, H / stride, W / stride]."""
+        return self.run(x)
+
+    def run(self, x: torch.Tensor, moves: Moves | None = None) -> torch.Tensor:
+        """As :meth:`forward`; ``moves`` may take those of the running statistics, for the caller to apply."""
         branch = ((self.conv1, self.bn1), (self.conv2, self.bn2))
-        fused = train_block(branch, self.relu, self.downsample, x)
+        fused = train_block(branch, self.relu, self.downsample, x, moves)
         if fused is not None:
             return fused
+        if moves is not None:
+            # somebody may look from the modules that are called now
+            moves.apply()
         y = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
         return conv_bn_relu(self.conv2, self.bn2, self.relu, y, residual=_identity(self.downsample, x))
 
@@ -90,10 +98,17 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, H / stride, W / stride]."""
+        return self.run(x)
+
+    def run(self, x: torch.Tensor, moves: Moves | None = None) -> torch.Tensor:
+        """As :meth:`forward`; ``moves`` may take those of the running statistics, for the caller to apply."""
         branch = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-        fused = train_block(branch, self.relu, self.downsample, x)
+        fused = train_block(branch, self.relu, self.downsample, x, moves)
         if fused is not None:
             return fused
+        if moves is not None:
+            # somebody may look from the modules that are called now
+            moves.apply()
         return self.finish(conv_bn_relu(self.conv1, self.bn1, self.relu, x), x)[0]
 
     def finish(
@@ -149,15 +164,29 @@ class Bottleneck(nn.Module):
         return self.bn3
 
 
-def run_stage(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run_stage(stage: nn.Module, x: torch.Tensor, moves: Moves | None = None) -> torch.Tensor:
     """``stage(x)``.
 
     In inference a bottleneck computes the first convolution of the next one, where nobody observes or
-    replaced either, and hands it on: one launch, whose input is not read back.
+    replaced either, and hands it on: one launch, whose input is not read back. In training the running
+    statistics of all blocks move together; ``moves`` takes them along, for the caller to apply.
     """
-    if torch.is_grad_enabled() or not plain(stage, nn.Sequential):
+    if not plain(stage, nn.Sequential):
+        if moves is not None:
+            moves.apply()
         y: torch.Tensor = stage(x)
         return y
+    if torch.is_grad_enabled():
+        pending = Moves() if moves is None else moves
+        for block in stage:
+            if plain(block, Bottleneck) or plain(block, BasicBlock):
+                x = block.run(x, pending)
+            else:
+                pending.apply()
+                x = block(x)
+        if moves is None:
+            pending.apply()
+        return x
     carried: torch.Tensor | None = None
     for block, following in itertools.pairwise((*stage, None)):
         if not plain(block, Bottleneck):

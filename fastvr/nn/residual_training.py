@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastvr import backend
-from fastvr.nn.conv_bn_relu import plain_conv, takes_batch_statistics, track
+from fastvr.nn.conv_bn_relu import plain_conv, takes_batch_statistics
 from fastvr.nn.plain import plain
+from fastvr.nn.running_statistics import Moves, track
 from fastvr.ops import _check
 from fastvr.ops.residual_block import Layer, fuses_residual_block, normalised_pixels, residual_block
 
@@ -19,13 +20,15 @@ def train_block(
     relu: nn.Module,
     shortcut: nn.Module | None,
     x: torch.Tensor,
+    moves: Moves | None,
 ) -> torch.Tensor | None:
-    """``relu(branch(x) + shortcut(x))``, running statistics moved; None where modules have to be called.
+    """``relu(branch(x) + shortcut(x))``; None where modules have to be called.
 
     Args:
         branch: convolutions with their BatchNorms, ``relu`` between two of them.
         relu: also behind the sum.
         shortcut: a convolution and a BatchNorm; None is x itself.
+        moves: take those of the running statistics; None moves them at once.
     """
     if not torch.is_grad_enabled() or not backend.kernels_possible(x.device) or not plain(relu, nn.ReLU):
         return None
@@ -47,7 +50,7 @@ def train_block(
     if not fuses_residual_block(x, inside, other):
         return None
     y, statistics = residual_block(x, inside, other)
-    track(norms, statistics, normalised_pixels(x, inside, other))
+    track(norms, statistics, normalised_pixels(x, inside, other), moves)
     return y
 
 

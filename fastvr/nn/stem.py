@@ -14,10 +14,11 @@ from fastvr.nn.conv_bn_relu import (
     norm_act,
     plain_conv,
     takes_batch_statistics,
-    track,
+    trains_frozen,
 )
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
+from fastvr.nn.running_statistics import Moves, track
 from fastvr.ops.batch_norm_act_max_pool import batch_norm_act_max_pool, fuses_max_pool
 from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
 from fastvr.reference.image import normalize
@@ -32,13 +33,15 @@ def stem(
     mean: torch.Tensor | None,
     std: torch.Tensor | None,
     dtype: torch.dtype,
+    moves: Moves | None = None,
 ) -> torch.Tensor:
     """``maxpool(relu(bn(conv(x))))`` of images; uint8 ones become ``dtype`` by ``mean`` and ``std``.
 
     ``conv`` may be ResNet-D's: three 3x3 convolutions, the first two with BatchNorm and ReLU.
 
     One launch where ``bn`` normalises by its running statistics and no module is observed or replaced; where
-    it does by the batch's own, everything behind the convolution is one op, if its kernels run.
+    it does by the batch's own, everything behind the convolution is one op, if its kernels run, and ``moves``
+    may take those of the running statistics, for the caller to apply.
     """
     if _deep(conv):
         conv, x = _last_of_deep(conv, normalize(x, mean, std, dtype))
@@ -64,13 +67,16 @@ def stem(
             mean=mean,
             std=std,
         )
+    if trains_frozen(bn) and plain_conv(conv):
+        # the convolution reads bytes as they are
+        return pool_map(maxpool, norm_act(bn, relu, convolve(conv, x, mean, std)))
     image = normalize(x, mean, std, dtype)
     if takes_batch_statistics(bn) and plain(relu, nn.ReLU) and plain_pool(maxpool):
         made = convolve(conv, image)
         pool = maxpool.kernel_size, maxpool.stride, maxpool.padding
         if fuses_max_pool(made, bn, *pool):
             y, batch_mean, batch_var = batch_norm_act_max_pool(made, bn.weight, bn.bias, *pool, eps=bn.eps)
-            track([bn], [(batch_mean, batch_var)], [made.numel() // made.shape[1]])
+            track([bn], [(batch_mean, batch_var)], [made.numel() // made.shape[1]], moves)
             return y
         return pool_map(maxpool, norm_act(bn, relu, made))
     return pool_map(maxpool, conv_bn_relu(conv, bn, relu, image))

@@ -110,6 +110,11 @@ def kernel_dtypes(*arguments: object) -> str | None:
     return None
 
 
+def too_many_pixels(pixels: int) -> str | None:
+    """The reason why kernels cannot count a map's pixels, up to the end of the last tile, in 32 bits."""
+    return f"{pixels} output pixels; kernels take up to 2^31 - 1024" if pixels > 2**31 - 1024 else None
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast casts matmul operands to on this device, or None where it is off."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):

@@ -85,7 +85,8 @@ class Op(Generic[_Result]):
         measured: "triton" or "reference", what to run on a GPU where the kernel could (`tuning.py`).
         cost: FLOPs and bytes.
         parts: for an op that fuses others: the same by their public functions, each of which chooses for
-            itself, taking the schema's arguments one by one. What runs where the kernel does not.
+            itself, taking the schema's arguments one by one. What runs where the kernel does not, and where
+            a gradient is needed: each keeps what its own takes, and nothing is computed twice.
         vendor: on a CPU, the vendor's fused call with weights that ``prepare`` packed for it; None where it
             does not apply. Counts itself (:func:`fastvr.backend.ran`).
         returns: of the schema; more than one tensor takes a ``gradient`` or ``differentiable=False``.
@@ -188,7 +189,8 @@ class Op(Generic[_Result]):
             # in the mode "triton" the operator itself says what is wrong
             runs = possible and (not auto or self._kernel_runs(args, device))
         else:
-            runs = possible and self._kernel_fits(args, device)
+            trained = _needs_gradient(args)
+            runs = possible and not trained and self._kernel_fits(args, device)
             if not runs and backend.current_backend() != "reference":
                 return self.parts(*args)
         if not runs:

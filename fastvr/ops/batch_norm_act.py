@@ -10,7 +10,6 @@ import torch
 from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops.conv_bn_relu import too_many_pixels
 from fastvr.ops.linear import result_dtype
 from fastvr.reference import batch_norm_act as reference
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
@@ -26,8 +25,10 @@ def batch_norm_act(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     act: str = "relu",
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
 ) -> _Statistics:
-    """BatchNorm by the batch's own statistics, with residual and activation.
+    """BatchNorm, by the batch's own statistics or given ones, with residual and activation.
 
     Computes ``act((x - mean) / sqrt(var + eps) * weight + bias + residual)`` with each channel's mean and
     biased variance over all pixels of all samples, in float32, of x as stored; the result is rounded once.
@@ -41,10 +42,13 @@ def batch_norm_act(
         eps: added to the variance, above 0.
         residual: [N, C, H, W], any floating dtype.
         act: "none" or "relu".
+        running_mean, running_var: [C], float32 or x's dtype, both or neither: what to normalise by instead of
+            the batch's. They get no gradient.
 
     Returns:
         y: [N, C, H, W], channels_last, in the dtype that PyTorch's promotion of x and residual gives.
-        mean, var: [C], float32 (float64 for float64), without gradient; 0 for an empty batch.
+        mean, var: [C], float32 (float64 for float64), without gradient; 0 for an empty batch. Those given,
+            where they are.
 
     Under autocast nothing is cast.
 
@@ -53,20 +57,32 @@ def batch_norm_act(
             all has no variance: as PyTorch says it.
     """
     op = "batch_norm_act"
-    check_batch_norm_act(op, x, weight, bias, eps)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing} must be given with its companion, or both be None; got None")
+    check_batch_norm_act(op, x, weight, bias, eps, measured=running_mean is None)
     _check.companion(op, "residual", residual, tuple(x.shape), x)
     _check.choice(op, "act", act, ACTIVATIONS)
-    return BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act)
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+        _check.companion(op, name, vector, (x.shape[1],), x)
+        if vector is not None and vector.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{op}: {name} must be {x.dtype} or float32; got {vector.dtype}")
+        if vector is not None and vector.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} must not require a gradient; it gets none")
+    y, mean, var = BATCH_NORM_ACT(x, weight, bias, float(eps), residual, act, running_mean, running_var)
+    if running_mean is None or running_var is None:
+        return y, mean, var
+    return y, running_mean, running_var
 
 
 def check_batch_norm_act(
-    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, *, measured: bool = True
 ) -> None:
-    """What the ops of BatchNorm in training share."""
+    """What the ops of BatchNorm in training share; ``measured``: they take the batch's statistics."""
     _check.operand(op, "x", x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x must be [N, C, H, W]; got {list(x.shape)}")
-    if x.numel() == x.shape[1]:
+    if measured and x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     _check.companion(op, "weight", weight, (x.shape[1],), x)
     if weight.dtype not in (x.dtype, torch.float32):
@@ -79,16 +95,17 @@ def check_batch_norm_act(
 def fuses_batch_norm_act(
     x: torch.Tensor, bn: torch.nn.BatchNorm2d, residual: torch.Tensor | None, act: str
 ) -> bool:
-    """Whether the kernel runs for ``bn``, an affine one, in training on ``x``: where it does not, PyTorch's
-    own module costs less than an op that hands its statistics back."""
+    """Whether the kernel runs for ``bn``, an affine one that is trained, on ``x``: where it does not,
+    PyTorch's own module costs less than an op that hands its statistics back."""
     return (
         x.dim() == 4
         and x.dtype in _check.KERNEL_DTYPES
         and bn.weight.dtype in (x.dtype, torch.float32)
         and bn.weight.shape[0] == x.shape[1]
         and bn.eps > 0
+        and (bn.running_mean is None or bn.running_mean.dtype in (x.dtype, torch.float32))
         and (residual is None or residual.shape == x.shape)
-        and BATCH_NORM_ACT.chosen(x, bn.weight, bn.bias, float(bn.eps), residual, act)
+        and BATCH_NORM_ACT.chosen(x, bn.weight, bn.bias, float(bn.eps), residual, act, None, None)
     )
 
 
@@ -165,7 +182,7 @@ def normalise(
 
 
 def _unsupported(x: torch.Tensor, *others: object) -> str | None:
-    return too_many_pixels(x.numel() // x.shape[1]) or _check.kernel_dtypes(x, *others)
+    return _check.too_many_pixels(x.numel() // x.shape[1]) or _check.kernel_dtypes(x, *others)
 
 
 class Arguments(NamedTuple):
@@ -175,21 +192,26 @@ class Arguments(NamedTuple):
     eps: float
     residual: torch.Tensor | None
     act: str
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
 
 
 def _kernel(a: Arguments) -> _Statistics:
     from fastvr.kernels.batch_norm_act import launch_batch_norm_act_fwd
 
     y = map_like(a.x, result_dtype(a.x, a.residual))
-    mean, var = (backend.empty((a.x.shape[1],), dtype=torch.float32, device=a.x.device) for _ in range(2))
+    # empty where they are given: an operator must not return its argument
+    size = a.x.shape[1] if a.running_mean is None else 0
+    mean, var = (backend.empty((size,), dtype=torch.float32, device=a.x.device) for _ in range(2))
     if a.x.numel() == 0:
         return y, mean.zero_(), var.zero_()
     rows, config = map_rows(a.x), row_config("batch_norm_act", a.x)
-    measure(a.x, mean, var)
+    if a.running_mean is None:
+        measure(a.x, mean, var)
     launch_batch_norm_act_fwd(
         x=rows,
-        mean=mean,
-        var=var,
+        mean=mean if a.running_mean is None else a.running_mean.contiguous(),
+        var=var if a.running_var is None else a.running_var.contiguous(),
         weight=a.weight.contiguous(),
         bias=a.bias.contiguous(),
         residual=None if a.residual is None else map_rows(a.residual),
@@ -205,7 +227,8 @@ def _fake(a: Arguments) -> _Statistics:
     dtype, device = result_dtype(a.x, a.residual), a.x.device
     y = torch.empty(a.x.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     wide = torch.promote_types(a.x.dtype, torch.float32)
-    mean, var = (a.x.new_empty(a.x.shape[1], dtype=wide) for _ in range(2))
+    size = a.x.shape[1] if a.running_mean is None else 0
+    mean, var = (a.x.new_empty(size, dtype=wide) for _ in range(2))
     return y, mean, var
 
 
@@ -221,6 +244,7 @@ class BackwardArguments(NamedTuple):
     needs_x: bool
     needs_parameters: bool
     needs_residual: bool
+    frozen: bool  # the statistics are not the batch's
 
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -246,15 +270,15 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
     rows, config = map_rows(a.x), row_config("batch_norm_act_backward", a.x)
     parts = sums = None
-    if a.needs_x or a.needs_parameters:
+    if a.needs_parameters or (a.needs_x and not a.frozen):
         parts = reduction_parts(rows, 2, config)
         sums = backend.empty((2, a.x.shape[1]), dtype=torch.float32, device=a.x.device)
     launch_batch_norm_act_bwd(
         grad=map_rows(a.grad),
         x=rows,
         y=None if a.y is None else map_rows(a.y),
-        mean=a.mean,
-        var=a.var,
+        mean=a.mean.contiguous(),
+        var=a.var.contiguous(),
         weight=a.weight.contiguous(),
         bias=_check.dense(a.bias),
         parts=parts,
@@ -263,6 +287,7 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
         dweight=dweight if a.needs_parameters else None,
         dbias=dbias if a.needs_parameters else None,
         dresidual=map_rows(dresidual) if a.needs_residual else None,
+        frozen=a.frozen,
         eps=a.eps,
         config=config,
     )
@@ -282,7 +307,7 @@ def _backward_fake(a: BackwardArguments) -> _Gradients:
 BATCH_NORM_ACT_BACKWARD = Op(
     "batch_norm_act_backward",
     "Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor var, Tensor weight, Tensor? bias, float eps, "
-    "bool needs_x, bool needs_parameters, bool needs_residual",
+    "bool needs_x, bool needs_parameters, bool needs_residual, bool frozen",
     arguments=BackwardArguments,
     kernel=_backward_kernel,
     reference=reference.batch_norm_act_backward,
@@ -304,6 +329,9 @@ def _backward(
     needs: frozenset[str],
 ) -> dict[str, torch.Tensor]:
     y, mean, var = results
+    frozen = a.running_mean is not None
+    if a.running_mean is not None and a.running_var is not None:
+        mean, var = a.running_mean, a.running_var
     parameters = bool(needs & {"weight", "bias"})
     # without an activation nothing stands between the residual and the result
     masked = "residual" in needs and a.act == "relu"
@@ -311,7 +339,7 @@ def _backward(
     found = {"residual": grad}
     if "x" in needs or parameters or masked:
         dx, dweight, dbias, dresidual = BATCH_NORM_ACT_BACKWARD.where_supported(
-            grad, a.x, y, mean, var, a.weight, bias, a.eps, "x" in needs, parameters, masked
+            grad, a.x, y, mean, var, a.weight, bias, a.eps, "x" in needs, parameters, masked, frozen
         )
         found = {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual if masked else grad}
     if a.residual is not None:
@@ -321,14 +349,16 @@ def _backward(
 
 def _saves(a: Arguments, needs: frozenset[str]) -> tuple[str | int, ...]:
     """The result only shows where the activation let through; without a residual x and the bias tell too."""
+    statistics = (1, 2) if a.running_mean is None else ("running_mean", "running_var")
     if a.act == "none":
-        return "x", "weight", 1, 2
-    return ("x", "weight", 1, 2, "bias" if a.residual is None else 0)
+        return "x", "weight", *statistics
+    return "x", "weight", *statistics, "bias" if a.residual is None else 0
 
 
 BATCH_NORM_ACT = Op(
     "batch_norm_act",
-    "Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act",
+    "Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual, str act, Tensor? running_mean, "
+    "Tensor? running_var",
     arguments=Arguments,
     kernel=_kernel,
     reference=reference.batch_norm_act,

@@ -19,8 +19,9 @@ from fastvr.ops.batch_norm_act import (
     row_config,
     table_key,
 )
-from fastvr.ops.conv_bn_relu import output_size, too_many_pixels
+from fastvr.ops.conv_bn_relu import output_size
 from fastvr.ops.pool import pool_window
+from fastvr.ops.pool_backward import too_many_taps
 from fastvr.reference.batch_norm_act_max_pool import batch_norm_act_max_pool as reference
 
 
@@ -91,7 +92,7 @@ def fuses_max_pool(
     window = pool_window("max_pool", ("kernel_size", "stride", "padding"), kernel_size, stride, padding)
     arguments = Arguments(x, bn.weight, bn.bias, float(bn.eps), *window)
     # any pool that is a model's, in every mode
-    return _taps(arguments) is None and BATCH_NORM_ACT_MAX_POOL.chosen(*arguments)
+    return too_many_taps(arguments.kernel_size) is None and BATCH_NORM_ACT_MAX_POOL.chosen(*arguments)
 
 
 class Arguments(NamedTuple):
@@ -157,15 +158,14 @@ def _fake(a: Arguments) -> _Results:
     return y, mean, var, taps
 
 
-def _taps(a: Arguments) -> str | None:
-    taps = a.kernel_size[0] * a.kernel_size[1]
-    return f"windows of {taps} taps; the kernel takes up to 255" if taps > 255 else None
-
-
 def _unsupported(a: Arguments) -> str | None:
     if a.x.shape[0] == 0:
         return "an empty batch"
-    return _taps(a) or too_many_pixels(a.x.numel() // a.x.shape[1]) or _check.kernel_dtypes(*a)
+    return (
+        too_many_taps(a.kernel_size)
+        or _check.too_many_pixels(a.x.numel() // a.x.shape[1])
+        or _check.kernel_dtypes(*a)
+    )
 
 
 class BackwardArguments(NamedTuple):

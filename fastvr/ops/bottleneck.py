@@ -19,7 +19,6 @@ from fastvr.ops.conv_bn_relu import (
     gathered,
     output_size,
     pair,
-    too_many_pixels,
 )
 from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu
 from fastvr.ops.linear import result_dtype
@@ -379,7 +378,7 @@ def _unsupported(a: Arguments) -> str | None:
         # beside a window of one pixel, which crosses nothing, only memory decides
         if tensor is not None and gathered(tensor, a.weight3[:, :, :1, :1]):
             return f"{name}'s channels do not lie in blocks of 16 bytes: channels_last is needed"
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
+    return _check.too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
 
 
 def _chain_unsupported(a: Arguments) -> str | None:

@@ -11,8 +11,8 @@ import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn, _winograd
-from fastvr.ops._convolution import convolution_gradients
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
+from fastvr.ops.conv_bn_relu_backward import CONV_BN_RELU_BACKWARD, WANTED
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
@@ -309,12 +309,7 @@ def _fake(a: Arguments) -> torch.Tensor:
 
 def _unsupported(a: Arguments) -> str | None:
     n, _, oh, ow = _output_shape(a.x, a.weight, a.stride, a.padding)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a[1:])
-
-
-def too_many_pixels(pixels: int) -> str | None:
-    # kernels count output pixels, up to the end of the last tile, in 32 bits
-    return f"{pixels} output pixels; kernels take up to 2^31 - 1024" if pixels > 2**31 - 1024 else None
+    return _check.too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a[1:])
 
 
 def _measured(a: Arguments) -> str:
@@ -335,19 +330,14 @@ def _cost(a: Arguments) -> Cost:
     )
 
 
-_VENDORS = frozenset({"x", "weight", "bn_bias", "residual"})
-
-
 def _saves(a: Arguments, needs: frozenset[str]) -> list[str | int]:
-    if needs - _VENDORS:
+    if needs - set(WANTED):
         return list(Arguments._fields)
     # the result only shows where the activation let through
-    found: list[str | int] = ["weight", 0] if a.act == "relu" else ["weight"]
+    found: list[str | int] = ["weight", "bn_bias", *([0] if a.act == "relu" else [])]
     if needs & {"x", "weight"}:
         found += ["bn_weight", "running_var"]
-    if "weight" in needs:
-        found += ["x", "mean", "std"]
-    return found
+    return [*found, *(["x", "mean", "std"] if "weight" in needs else [])]
 
 
 def _backward(
@@ -355,36 +345,31 @@ def _backward(
 ) -> dict[str, torch.Tensor]:
     """By the vendor's convolutions, but for BatchNorm's weight and statistics: only these read the product,
     which is made again for them."""
-    if needs - _VENDORS:
-        wanted = [name for name in Arguments._fields if name in needs]
-        places = [Arguments._fields.index(name) for name in wanted]
-        return dict(zip(wanted, reference_gradients(reference, a, grad, places), strict=True))
-    if (y := results[0]) is not None:
-        # a NaN lets the gradient through
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    found = {}
-    if "residual" in needs:
-        assert a.residual is not None
-        found["residual"] = grad.to(a.residual.dtype)
-    if "bn_bias" in needs:
-        assert a.bn_bias is not None
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        found["bn_bias"] = grad.sum((0, 2, 3), dtype=wide).to(a.bn_bias.dtype)
-    if needs & {"x", "weight"}:
-        scale = a.bn_weight
-        if a.running_var is not None:
-            wide = torch.promote_types(a.running_var.dtype, torch.float32)
-            rstd = (a.running_var.to(wide) + a.eps).rsqrt()
-            scale = rstd if scale is None else scale.to(wide) * rstd
-        if scale is not None:
-            grad = grad * scale[:, None, None]
-        dtype = a.weight.dtype
-        x = normalize(a.x, a.mean, a.std, dtype) if "weight" in needs else a.x
-        dx, dweight = convolution_gradients(
-            grad.to(dtype), x, a.weight, a.stride, a.padding, a.groups,
-            needs_x="x" in needs, needs_weight="weight" in needs,
-        )  # fmt: skip
-        found |= {name: g for name, g in (("x", dx), ("weight", dweight)) if g is not None}
+    if needs - set(WANTED):
+        names = [name for name in Arguments._fields if name in needs]
+        places = [Arguments._fields.index(name) for name in names]
+        return dict(zip(names, reference_gradients(reference, a, grad, places), strict=True))
+    # without an activation nothing stands between the residual and the result
+    wanted = needs if a.act == "relu" else needs - {"residual"}
+    found = {"residual": grad}
+    if wanted:
+        convolved, product = bool(wanted & {"x", "weight"}), "weight" in wanted
+        gradients = CONV_BN_RELU_BACKWARD.where_supported(
+            grad,
+            results[0],
+            a.x if product else None,
+            a.x.shape,
+            a.weight,
+            a.bn_weight if convolved else None,
+            a.bn_bias,
+            a.running_var if convolved else None,
+            *(a.eps, a.stride, a.padding, a.groups),
+            *((a.mean, a.std) if product else (None, None)),
+            [name in wanted for name in WANTED],
+        )
+        found |= zip([name for name in WANTED if name in wanted], gradients, strict=True)
+    if a.residual is not None:
+        found["residual"] = found["residual"].to(a.residual.dtype)
     return found
 
 

@@ -18,7 +18,6 @@ from fastvr.ops.conv_bn_relu import (
     gathered,
     output_size,
     pair,
-    too_many_pixels,
 )
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.dual_conv_bn_relu import dual_conv_bn_relu as reference
@@ -202,7 +201,7 @@ def _fake(a: Arguments) -> torch.Tensor:
 
 def _unsupported(a: Arguments) -> str | None:
     n, _, oh, ow = a.x.shape
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
+    return _check.too_many_pixels(n * oh * ow) or _check.kernel_dtypes(*a)
 
 
 def _measured(a: Arguments) -> str:

@@ -1,16 +1,23 @@
-"""max_pool, and avg_pool_linear: global average pooling with the classifier behind it; one launch each."""
+"""max_pool, and avg_pool_linear: global average pooling with the classifier behind it; one launch each.
+
+For their gradients max_pool keeps which tap of each window was the largest, a byte, and avg_pool_linear the
+pooled features; of the map only its shape.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastvr import backend, tuning
 from fastvr.ops import _check
-from fastvr.ops._op import Cost, Op, nbytes
-from fastvr.ops.conv_bn_relu import output_size, pair, too_many_pixels
+from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.conv_bn_relu import output_size, pair
+from fastvr.ops.linear_backward import parameter_gradients
+from fastvr.ops.pool_backward import AVG_POOL_LINEAR_BACKWARD, MAX_POOL_BACKWARD, too_many_taps
 from fastvr.reference import pool as reference
 
 
@@ -112,14 +119,6 @@ def _pooled_shape(
     )
 
 
-def max_pool_table_key(
-    x: torch.Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> str:
-    n, c, oh, ow = _pooled_shape(x, window, stride, padding)
-    sizes = {"kh": window[0], "kw": window[1], "sh": stride[0], "sw": stride[1]}
-    return tuning.key("max_pool", x.dtype, m=tuning.bucket(n * oh * ow), c=c, **sizes)
-
-
 class MaxPoolArguments(NamedTuple):
     x: torch.Tensor
     window: Sequence[int]
@@ -127,21 +126,40 @@ class MaxPoolArguments(NamedTuple):
     padding: Sequence[int]
 
 
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _max_pool_key(a: MaxPoolArguments, op: str) -> str:
+    n, c, oh, ow = _pooled_shape(*a)
+    sizes = {"kh": a.window[0], "kw": a.window[1], "sh": a.stride[0], "sw": a.stride[1]}
+    return tuning.key(op, a.x.dtype, m=tuning.bucket(n * oh * ow), c=c, **sizes)
+
+
 def _max_pool_kernel(a: MaxPoolArguments) -> torch.Tensor:
+    return _run_max_pool(a, "max_pool")
+
+
+def _max_pool_kernel_training(a: MaxPoolArguments) -> _Pair:
+    shape, layout = _pooled_shape(*a), torch.channels_last
+    taps = backend.empty(shape, dtype=torch.uint8, device=a.x.device, memory_format=layout)
+    return _run_max_pool(a, "max_pool_training", taps), taps
+
+
+def _run_max_pool(a: MaxPoolArguments, op: str, taps: torch.Tensor | None = None) -> torch.Tensor:
     from fastvr.kernels.pool import (
         launch_max_pool_fwd,
         max_pool_candidate_configs,
         max_pool_default_config,
     )
 
-    n, c, oh, ow = shape = _pooled_shape(a.x, a.window, a.stride, a.padding)
+    n, c, oh, ow = shape = _pooled_shape(*a)
     y = backend.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
     if n == 0:
         return y
     arch = backend.architecture(a.x.device)
     config = tuning.config(
-        "max_pool",
-        max_pool_table_key(a.x, a.window, a.stride, a.padding),
+        op,
+        _max_pool_key(a, op),
         a.x.device,
         default=lambda: max_pool_default_config(n * oh * ow, c, a.x.dtype, arch),
         candidates=lambda: max_pool_candidate_configs(a.x.dtype, arch),
@@ -149,6 +167,7 @@ def _max_pool_kernel(a: MaxPoolArguments) -> torch.Tensor:
     launch_max_pool_fwd(
         x=a.x,
         y=y,
+        taps=taps,
         kernel_size=(a.window[0], a.window[1]),
         stride=(a.stride[0], a.stride[1]),
         padding=(a.padding[0], a.padding[1]),
@@ -158,22 +177,56 @@ def _max_pool_kernel(a: MaxPoolArguments) -> torch.Tensor:
 
 
 def _max_pool_fake(a: MaxPoolArguments) -> torch.Tensor:
-    shape = _pooled_shape(a.x, a.window, a.stride, a.padding)
-    return torch.empty(shape, dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last)
+    return torch.empty(
+        _pooled_shape(*a), dtype=a.x.dtype, device=a.x.device, memory_format=torch.channels_last
+    )
+
+
+def _max_pool_fake_training(a: MaxPoolArguments) -> _Pair:
+    y = _max_pool_fake(a)
+    return y, torch.empty_like(y, dtype=reference.taps_dtype(a.window))
 
 
 def _max_pool_unsupported(a: MaxPoolArguments) -> str | None:
-    n, _, oh, ow = _pooled_shape(a.x, a.window, a.stride, a.padding)
-    return too_many_pixels(n * oh * ow) or _check.kernel_dtypes(a.x)
+    n, _, oh, ow = _pooled_shape(*a)
+    return _check.too_many_pixels(n * oh * ow) or _check.kernel_dtypes(a.x)
 
 
-def _max_pool_measured(a: MaxPoolArguments) -> str:
-    return tuning.choice(max_pool_table_key(a.x, a.window, a.stride, a.padding), a.x.device, "triton")
+def _max_pool_unsupported_training(a: MaxPoolArguments) -> str | None:
+    return (
+        too_many_taps(a.window)
+        or _check.too_many_pixels(a.x.numel() // a.x.shape[1])
+        or _max_pool_unsupported(a)
+    )
 
 
-def _max_pool_cost(a: MaxPoolArguments) -> Cost:
-    n, c, oh, ow = _pooled_shape(a.x, a.window, a.stride, a.padding)
-    return Cost(0, (a.x.numel() + n * c * oh * ow) * a.x.element_size())
+def _max_pool_backward(
+    a: MaxPoolArguments, results: Sequence[Any], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return {"x": MAX_POOL_BACKWARD.where_supported(grad, results[1], *a[1:], a.x.shape[2:])}
+
+
+MAX_POOL_TRAINING = Op(
+    "max_pool_training",
+    "Tensor x, int[] kernel_size, int[] stride, int[] padding",
+    arguments=MaxPoolArguments,
+    kernel=_max_pool_kernel_training,
+    reference=reference.max_pool_training,
+    fake=_max_pool_fake_training,
+    unsupported=_max_pool_unsupported_training,
+    # without a measurement PyTorch's own runs
+    measured=lambda a: tuning.choice(_max_pool_key(a, "max_pool_training"), a.x.device, "reference"),
+    cost=lambda a: Cost(0, nbytes(a) + nbytes(_max_pool_fake_training(a))),
+    returns="(Tensor, Tensor)",
+    gradient=Gradient(saves=lambda a, needs: (1,), backward=_max_pool_backward),
+)
+
+
+# A traced program holds the operator itself, and somebody may differentiate it later
+def _max_pool_backward_of_traced(
+    a: MaxPoolArguments, results: Sequence[Any], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return _max_pool_backward(a, MAX_POOL_TRAINING.where_supported(*a), grad, needs)
 
 
 MAX_POOL = Op(
@@ -184,15 +237,11 @@ MAX_POOL = Op(
     reference=reference.max_pool,
     fake=_max_pool_fake,
     unsupported=_max_pool_unsupported,
-    measured=_max_pool_measured,
-    cost=_max_pool_cost,
+    measured=lambda a: tuning.choice(_max_pool_key(a, "max_pool"), a.x.device, "triton"),
+    cost=lambda a: Cost(0, nbytes(a) + nbytes([_max_pool_fake(a)])),
+    gradient=Gradient(saves=lambda a, needs: ("x",), backward=_max_pool_backward_of_traced),
+    training=MAX_POOL_TRAINING,
 )
-
-
-def avg_pool_linear_table_key(x: torch.Tensor, weight: torch.Tensor) -> str:
-    n, k = weight.shape
-    pixels = x.shape[2] * x.shape[3]
-    return tuning.key("avg_pool_linear", weight.dtype, m=tuning.bucket(x.shape[0]), n=n, k=k, p=pixels)
 
 
 class AvgPoolLinearArguments(NamedTuple):
@@ -201,7 +250,24 @@ class AvgPoolLinearArguments(NamedTuple):
     bias: torch.Tensor | None
 
 
+def _avg_pool_linear_key(a: AvgPoolLinearArguments, op: str) -> str:
+    n, k = a.weight.shape
+    sizes = {"n": n, "k": k, "p": a.x.shape[2] * a.x.shape[3]}
+    return tuning.key(op, a.weight.dtype, m=tuning.bucket(a.x.shape[0]), **sizes)
+
+
 def _avg_pool_linear_kernel(a: AvgPoolLinearArguments) -> torch.Tensor:
+    return _run_avg_pool_linear(a, "avg_pool_linear")
+
+
+def _avg_pool_linear_kernel_training(a: AvgPoolLinearArguments) -> _Pair:
+    pooled = backend.empty(a.x.shape[:2], dtype=a.weight.dtype, device=a.x.device)
+    return _run_avg_pool_linear(a, "avg_pool_linear_training", pooled), pooled
+
+
+def _run_avg_pool_linear(
+    a: AvgPoolLinearArguments, op: str, pooled: torch.Tensor | None = None
+) -> torch.Tensor:
     from fastvr.kernels.pool import (
         avg_pool_linear_candidate_configs,
         avg_pool_linear_default_config,
@@ -211,11 +277,12 @@ def _avg_pool_linear_kernel(a: AvgPoolLinearArguments) -> torch.Tensor:
     b, n = a.x.shape[0], a.weight.shape[0]
     y = backend.empty((b, n), dtype=a.weight.dtype, device=a.x.device)
     if y.numel() == 0:
+        # no gradient reads the features then
         return y
     arch = backend.architecture(a.x.device)
     config = tuning.config(
-        "avg_pool_linear",
-        avg_pool_linear_table_key(a.x, a.weight),
+        op,
+        _avg_pool_linear_key(a, op),
         a.x.device,
         default=lambda: avg_pool_linear_default_config(b, n, a.weight.dtype, arch),
         candidates=lambda: avg_pool_linear_candidate_configs(a.weight.dtype, arch),
@@ -225,6 +292,7 @@ def _avg_pool_linear_kernel(a: AvgPoolLinearArguments) -> torch.Tensor:
         weight=a.weight,
         bias=_check.dense(a.bias),
         y=y,
+        pooled=pooled,
         config=config,
     )
     return y
@@ -234,19 +302,65 @@ def _avg_pool_linear_fake(a: AvgPoolLinearArguments) -> torch.Tensor:
     return a.weight.new_empty((a.x.shape[0], a.weight.shape[0]))
 
 
+def _avg_pool_linear_fake_training(a: AvgPoolLinearArguments) -> _Pair:
+    return _avg_pool_linear_fake(a), a.weight.new_empty(a.x.shape[:2])
+
+
 def _avg_pool_linear_unsupported(a: AvgPoolLinearArguments) -> str | None:
     return _check.kernel_dtypes(a.x, a.weight, a.bias)
 
 
-def _avg_pool_linear_measured(a: AvgPoolLinearArguments) -> str:
-    # without a measurement the vendor's GEMM runs
-    return tuning.choice(avg_pool_linear_table_key(a.x, a.weight), a.x.device, "reference")
-
-
 def _avg_pool_linear_cost(a: AvgPoolLinearArguments) -> Cost:
-    b, n = a.x.shape[0], a.weight.shape[0]
-    moved = nbytes(a)
-    return Cost(2 * b * a.weight.numel(), moved + b * n * a.weight.element_size())
+    return Cost(2 * a.x.shape[0] * a.weight.numel(), nbytes(a) + nbytes([_avg_pool_linear_fake(a)]))
+
+
+def _avg_pool_linear_cost_training(a: AvgPoolLinearArguments) -> Cost:
+    flops, moved = dataclasses.astuple(_avg_pool_linear_cost(a))
+    return Cost(flops, moved + nbytes(_avg_pool_linear_fake_training(a)[1:]))
+
+
+def _avg_pool_linear_backward(
+    a: AvgPoolLinearArguments, results: Sequence[Any], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    found = {}
+    if "x" in needs:
+        dx = AVG_POOL_LINEAR_BACKWARD.where_supported(grad, a.weight, a.x.shape[2:])
+        found["x"] = dx.to(a.x.dtype)
+    if "weight" in needs:
+        found["weight"], found["bias"], _ = parameter_gradients(
+            grad, results[1], a.weight, a.bias, None, "bias" in needs
+        )
+    elif "bias" in needs:
+        found["bias"] = grad.sum(0)
+    return found
+
+
+def _avg_pool_linear_saves(a: AvgPoolLinearArguments, needs: frozenset[str]) -> list[str | int]:
+    return [*(["weight"] if "x" in needs else []), *([1] if "weight" in needs else [])]
+
+
+AVG_POOL_LINEAR_TRAINING = Op(
+    "avg_pool_linear_training",
+    "Tensor x, Tensor weight, Tensor? bias",
+    arguments=AvgPoolLinearArguments,
+    kernel=_avg_pool_linear_kernel_training,
+    reference=reference.avg_pool_linear_training,
+    fake=_avg_pool_linear_fake_training,
+    unsupported=_avg_pool_linear_unsupported,
+    # without a measurement the vendor's GEMM runs
+    measured=lambda a: tuning.choice(
+        _avg_pool_linear_key(a, "avg_pool_linear_training"), a.x.device, "reference"
+    ),
+    cost=_avg_pool_linear_cost_training,
+    returns="(Tensor, Tensor)",
+    gradient=Gradient(saves=_avg_pool_linear_saves, backward=_avg_pool_linear_backward),
+)
+
+
+def _avg_pool_linear_backward_of_traced(
+    a: AvgPoolLinearArguments, results: Sequence[Any], grad: torch.Tensor, needs: frozenset[str]
+) -> dict[str, torch.Tensor]:
+    return _avg_pool_linear_backward(a, AVG_POOL_LINEAR_TRAINING.where_supported(*a), grad, needs)
 
 
 AVG_POOL_LINEAR = Op(
@@ -257,6 +371,11 @@ AVG_POOL_LINEAR = Op(
     reference=reference.avg_pool_linear,
     fake=_avg_pool_linear_fake,
     unsupported=_avg_pool_linear_unsupported,
-    measured=_avg_pool_linear_measured,
+    # without a measurement the vendor's GEMM runs
+    measured=lambda a: tuning.choice(_avg_pool_linear_key(a, "avg_pool_linear"), a.x.device, "reference"),
     cost=_avg_pool_linear_cost,
+    gradient=Gradient(
+        saves=lambda a, needs: ("x", "weight", "bias"), backward=_avg_pool_linear_backward_of_traced
+    ),
+    training=AVG_POOL_LINEAR_TRAINING,
 )

@@ -33,7 +33,6 @@ from fastvr.ops._residual import (
     split,
 )
 from fastvr.ops.batch_norm_act import map_like, map_rows, row_config, table_key
-from fastvr.ops.conv_bn_relu import too_many_pixels
 from fastvr.ops.residual_block_backward import RESIDUAL_BLOCK_BACKWARD
 from fastvr.reference.residual_block import Layer
 from fastvr.reference.residual_block import residual_block as reference
@@ -237,7 +236,7 @@ def _unsupported(a: Arguments) -> str | None:
     block, shape = as_block(a), tuple(a.x.shape)
     for layer in block.branch:
         shape = made(shape, layer)
-        if reason := too_many_pixels(shape[0] * shape[2] * shape[3]):
+        if reason := _check.too_many_pixels(shape[0] * shape[2] * shape[3]):
             return reason
     return _check.kernel_dtypes(*a)
 

@@ -112,7 +112,7 @@ def _kernel(a: BackwardArguments) -> list[torch.Tensor]:
         if dy is not None:
             dz, found[f"bn_weight{i}"], found[f"bn_bias{i}"], _ = BATCH_NORM_ACT_BACKWARD(
                 dy, maps[i - 1], None, *statistics[i - 1], before.bn_weight, before.bn_bias, before.eps,
-                results[i - 1], _parameters(needs, i), False,
+                results[i - 1], _parameters(needs, i), False, False,
             )  # fmt: skip
     if results[0]:
         assert dz is not None

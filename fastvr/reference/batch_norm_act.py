@@ -1,4 +1,4 @@
-"""y = act(bn(x) + residual), BatchNorm by the batch's own statistics (Ioffe, Szegedy, 2015)."""
+"""y = act(bn(x) + residual), BatchNorm by the batch's own statistics (Ioffe, Szegedy, 2015) or given ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ def batch_norm_act(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
     act: str = "relu",
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, and the batch's mean and biased variance; these empty where others are given."""
     x = x.contiguous(memory_format=torch.channels_last)
     # parameters in float32 beside 16-bit maps, as PyTorch's kernels take them on every device
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, unbiased = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device).unbind()
-    y = F.batch_norm(x, mean, unbiased, weight.to(wide), bias.to(wide), True, 1.0, eps)
-    pixels = x.numel() // x.shape[1]
-    var = unbiased * ((pixels - 1) / max(pixels, 1))
+    if running_mean is not None and running_var is not None:
+        given = running_mean.to(wide), running_var.to(wide)
+        y = F.batch_norm(x, *given, weight.to(wide), bias.to(wide), False, 0.0, eps)
+        mean, var = torch.zeros((2, 0), dtype=wide, device=x.device).unbind()
+    else:
+        mean, unbiased = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device).unbind()
+        y = F.batch_norm(x, mean, unbiased, weight.to(wide), bias.to(wide), True, 1.0, eps)
+        pixels = x.numel() // x.shape[1]
+        var = unbiased * ((pixels - 1) / max(pixels, 1))
     if residual is not None:
         y = y + residual
     if act == "relu":
         y = F.relu(y)
     # the layout that the kernel writes, and that the operator's fake implementation promises
-    return y.contiguous(memory_format=torch.channels_last), mean.clone(), var
+    return y.contiguous(memory_format=torch.channels_last), mean.clone(), var.clone()
 
 
 def batch_norm_act_backward(
@@ -41,7 +49,9 @@ def batch_norm_act_backward(
     needs_x: bool,
     needs_parameters: bool,
     needs_residual: bool,
+    frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, var = (v.to(torch.promote_types(x.dtype, torch.float32)) for v in (mean, var))
     if bias is not None:
         # without a residual the activation's input tells what it let through
         scale = (weight.to(mean.dtype) * (var + eps).rsqrt())[:, None, None]
@@ -53,11 +63,11 @@ def batch_norm_act_backward(
             grad.to(x.dtype).contiguous(memory_format=torch.channels_last),
             x.contiguous(memory_format=torch.channels_last),
             weight.to(mean.dtype),
-            None,
-            None,
-            mean,
-            (var + eps).rsqrt(),
-            True,
+            mean if frozen else None,
+            var if frozen else None,
+            None if frozen else mean,
+            None if frozen else (var + eps).rsqrt(),
+            not frozen,
             eps,
             [needs_x, needs_parameters, needs_parameters],
         )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvr.reference.batch_norm_act import batch_norm_act
+from fastvr.reference.pool import window_taps
 
 
 def batch_norm_act_max_pool(
@@ -22,10 +23,7 @@ def batch_norm_act_max_pool(
     """Beside y and the statistics which tap of its window each y is, uint8, 255 where it is not above 0."""
     made, mean, var = batch_norm_act(x, weight, bias, eps)
     y, places = F.max_pool2d(made, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
-    rows = torch.arange(y.shape[2], device=y.device)[:, None] * stride[0] - padding[0]
-    columns = torch.arange(y.shape[3], device=y.device) * stride[1] - padding[1]
-    width = x.shape[3]
-    taps = (places // width - rows) * kernel_size[1] + places % width - columns
+    taps = window_taps(places, x.shape[3], kernel_size, stride, padding)
     taps = torch.where(y <= 0, 255, taps).to(torch.uint8)
     layout = torch.channels_last
     return y.contiguous(memory_format=layout), mean, var, taps.contiguous(memory_format=layout)

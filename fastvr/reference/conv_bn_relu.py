@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastvr.reference.image import normalize
 from fastvr.reference.linear import overwritable
@@ -86,3 +88,45 @@ def conv_bn_relu(
         y = y.relu_() if overwritable(y) else y.relu()
     # the layout that the kernel writes, and that the operator's fake implementation promises
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def conv_bn_relu_backward(
+    grad: torch.Tensor,
+    y: torch.Tensor | None,
+    x: torch.Tensor | None,
+    size: Sequence[int],
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Those of x, weight, bn_bias and residual that are needed."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    if y is not None:
+        # a NaN lets the gradient through
+        grad = grad.masked_fill(y <= 0, 0)
+    scale = torch.ones(len(weight), dtype=wide, device=grad.device)
+    if running_var is not None:
+        scale = (running_var.to(wide) + eps).rsqrt()
+    scale = (scale if bn_weight is None else scale * bn_weight)[:, None, None, None]
+    steps: dict[str, Any] = {"stride": tuple(stride), "padding": tuple(padding), "groups": groups}
+    given, found = grad.to(weight.dtype), []
+    if needs[0]:
+        scaled = (weight * scale).to(weight.dtype)
+        dx = conv2d_input(tuple(size), scaled, given, **steps)
+        found.append(dx.contiguous(memory_format=torch.channels_last))
+    if needs[1]:
+        assert x is not None
+        product = conv2d_weight(normalize(x, mean, std, weight.dtype), weight.shape, given, **steps)
+        found.append(torch.empty_like(weight).copy_(product * scale))
+    if needs[2]:
+        assert bn_bias is not None
+        found.append(grad.sum((0, 2, 3), dtype=wide).to(bn_bias.dtype))
+    return [*found, *([grad.contiguous(memory_format=torch.channels_last)] if needs[3] else [])]

@@ -38,7 +38,9 @@ class Built:
     note: str | None
 
 
-def build(a: Arguments, data: Data, world: World, *, resuming: bool) -> Built:
+def build(
+    a: Arguments, data: Data, world: World, *, resuming: bool, grad_checkpointing: bool = False
+) -> Built:
     """Everything as it is before the first step; the generators' states too.
 
     Raises:
@@ -48,6 +50,7 @@ def build(a: Arguments, data: Data, world: World, *, resuming: bool) -> Built:
     model = _create(a, data, len(data.classes))
     if a.checkpoint and not resuming:
         model = _with_weights(model, a, data)
+    model.set_grad_checkpointing(grad_checkpointing)
     model.normalize_images(data.preprocessing["mean"], data.preprocessing["std"])
     parameters = sum(p.numel() for p in model.parameters())
     layout = torch.channels_last if isinstance(model, ResNet) else torch.contiguous_format

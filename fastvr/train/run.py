@@ -110,7 +110,13 @@ class _Run:
         self._steps = a.epochs * self._order.batches
         self._mix = _mixup(a.mixup, len(self._data.classes))
 
-        self._built = build(a, self._data, world, resuming=found is not None)
+        self._built = build(
+            a,
+            self._data,
+            world,
+            resuming=found is not None,
+            grad_checkpointing=settings.grad_checkpointing,
+        )
         self._parts = self._built.parts
         ema = self._parts.ema
         self._trained: nn.Module = self._parts.model if ema is None else ema.module

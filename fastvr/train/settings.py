@@ -60,6 +60,7 @@ class Settings:
     workers: int | None = None  # None: none for the digits, else up to 8 a process
     save_every: int = 0  # steps between checkpoints, besides those that end an epoch; 0: none
     timeout: float = 300.0  # seconds that a process waits for another
+    grad_checkpointing: bool = False  # less memory, more arithmetic, the same losses
 
 
 def complete(given: Mapping[str, Any], device: torch.device) -> Arguments:

@@ -82,4 +82,6 @@ def test_a_training_step_is_within_its_budget(monkeypatch: pytest.MonkeyPatch) -
     assert eager["flops"] == 64 * (3 * 8_178_368_512 - 236_027_904)
     assert ours["flops"] <= 1.12 * eager["flops"]
     assert ours["bytes"] <= 0.80 * eager["bytes"]
-    assert min(eager["launches"], ours["launches"]) > 0
+    assert eager["launches"] > 0
+    # running statistics move together: launches for each would be a third of all
+    assert 0 < ours["launches"] < 450

@@ -190,10 +190,12 @@ def test_a_block_computes_the_next_ones_first_convolution(dtype, staged, images,
     assert ran["conv_bn_relu"] == 4
 
 
-def test_blocks_stand_alone_where_gradients_are_wanted(staged, images, device) -> None:
+def test_convolutions_stand_alone_where_gradients_are_wanted(staged, images, device) -> None:
+    """Each keeps what its gradient reads: a fused block would compute its forward pass again."""
     _, ran = ran_in(staged.to(device), images(2).to(device))
-    assert "bottleneck_chain" not in ran
-    assert ran["bottleneck"] == 7
+    assert not {"bottleneck", "bottleneck_chain", "dual_conv_bn_relu", "conv_bn_relu_max_pool"} & set(ran)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in staged.modules())
+    assert ran["conv_bn_relu"] == ran["batch_norm_act"] == norms
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fastvr
+from fastvr.backend import observe
 from fastvr.models.resnet import ResNet
 from fastvr.nn import residual
 from fastvr.nn.block import Block, DropPath
@@ -132,6 +133,30 @@ def test_frozen_batch_norm_in_training(tiny_resnet, images) -> None:
     assert all(p.grad is not None for p in ours.parameters())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["trained", "constant"])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_frozen_batch_norm_through_kernels(block, affine, tiny_resnet, images, device) -> None:
+    """By statistics that stay, with and without BatchNorm's own parameters: no convolution is made twice."""
+    pytest.importorskip("triton")
+    ours, found = tiny_resnet(block).to(device), []
+    norms = [module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.requires_grad_(affine)
+    eager, truth = copy.deepcopy(ours), truth_model(ours)
+    x, upstream = images(2).to(device), torch.randn(2, 10, device=device)
+    for model, mode in ((ours, "triton"), (eager, "reference"), (truth, "reference")):
+        with fastvr.use_backend(mode), observe() as ran:
+            model(x.to(model.fc.weight.dtype)).backward(upstream.to(model.fc.weight.dtype))
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        if model is ours:
+            assert {how for _, how in ran} == {"triton"}
+            for op in ("conv_bn_relu", "conv_bn_relu_backward"):
+                assert ran[op, "triton"] == len(norms)
+            for op in ("batch_norm_act", "batch_norm_act_backward"):
+                assert ran[op, "triton"] == affine * len(norms)
+    assert_parity(*found, kind="gradient", sample_dim=None)
 
 
 def test_only_what_is_asked_for_gets_a_gradient(tiny, images, device) -> None:

@@ -21,6 +21,7 @@ from fastvr.kernels import batch_norm_stats as layout
 
 OPS = ("batch_norm_act", "batch_norm_act_backward")
 # several programs and parts even of a small map
+GIVEN = ("running_mean", "running_var")
 SEVERAL = layout.candidate_configs(64, torch.float32, "interpreter")[1]
 
 
@@ -83,6 +84,48 @@ def test_every_configuration(channels, arch, device):
     for config in layout.candidate_configs(channels, torch.float16, arch):
         with tuning.force_config(OPS[0], config), tuning.force_config(OPS[1], config):
             check(given)
+
+
+def statistics(channels, dtype, device):
+    return {
+        "running_mean": randn(channels, dtype=dtype, device=device),
+        "running_var": randn(channels, dtype=dtype, device=device).abs() + 0.5,
+    }
+
+
+def check_given(given, dtype, device):
+    """The result alone: the statistics come back as they are."""
+    given = given | statistics(given["x"].shape[1], dtype, device)
+    with triton_forced():
+        _, *same = batch_norm_act(**given)
+        check_op(
+            lambda **arguments: batch_norm_act(**arguments)[0],
+            lambda **arguments: reference.batch_norm_act(**arguments)[0],
+            given,
+            name="batch_norm_act",
+        )
+    assert [id(t) for t in same] == [id(given["running_mean"]), id(given["running_var"])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_given_statistics(residual, act, dtype, device):
+    check_given(inputs((3, 40, 9, 7), dtype, device, residual=residual, act=act), dtype, device)
+
+
+def test_given_statistics_of_one_pixel_and_in_several_programs(device):
+    check_given(inputs((1, 6, 1, 1), torch.float32, device), torch.float32, device)
+    with Several():
+        check_given(inputs((2, 48, 11, 9), torch.bfloat16, device, residual=True), torch.float32, device)
+
+
+@pytest.mark.parametrize("asked", [("x",), ("weight",), ("residual",), ("x", "residual")], ids=str)
+def test_only_what_is_asked_for_beside_given_statistics(asked, device):
+    given = inputs((2, 8, 5, 4), torch.float32, device, residual=True, grad=False)
+    for name in asked:
+        given[name].requires_grad_()
+    check_given(given, torch.float32, device)
 
 
 def test_many_parts(device, monkeypatch):
@@ -231,11 +274,13 @@ def test_compiles_and_exports(device):
     assert_compiles(lambda x, w, b, r: batch_norm_act(x, w, b, residual=r)[0], tensors)
     x, weight, bias, residual = tensors
     with triton_forced():
-        torch.library.opcheck(BATCH_NORM_ACT.overload, (x, weight, bias, 1e-5, residual, "relu"))
-        torch.library.opcheck(BATCH_NORM_ACT.overload, (x, weight, bias, 1e-5, None, "none"))
+        torch.library.opcheck(BATCH_NORM_ACT.overload, (x, weight, bias, 1e-5, residual, "relu", None, None))
+        torch.library.opcheck(BATCH_NORM_ACT.overload, (x, weight, bias, 1e-5, None, "none", None, None))
         y, mean, var = (t.detach() for t in batch_norm_act(x, weight, bias))
         x, weight = x.detach(), weight.detach()
-        for rest in ((True, True, True), (False, True, False), (False, False, True)):
+        torch.library.opcheck(BATCH_NORM_ACT.overload, (x, weight, bias, 1e-5, None, "relu", mean, var))
+        rests = ((True, True, True, False), (False, True, False, False), (False, False, True, True))
+        for rest in rests:
             args = (randn(*y.shape, device=device), x, y, mean, var, weight, None, 1e-5, *rest)
             torch.library.opcheck(BATCH_NORM_ACT_BACKWARD.overload, args)
 
@@ -257,7 +302,9 @@ def test_the_gradient_op_alone(dtype, mode, device):
     _, truth = gradients(exact, grad.double())
     x, weight = given["x"].detach(), given["weight"].detach()
     with backend.use_backend(mode):
-        found = BATCH_NORM_ACT_BACKWARD(grad, x, y.detach(), mean, var, weight, None, 1e-5, True, True, True)
+        found = BATCH_NORM_ACT_BACKWARD(
+            grad, x, y.detach(), mean, var, weight, None, 1e-5, True, True, True, False
+        )
     assert_parity(found, eager, truth, kind="gradient", sample_dim=None)
 
 
@@ -280,6 +327,13 @@ def test_a_second_derivative_is_refused(device):
         ({"eps": 0.0}, "eps must be above 0; got 0.0"),
         ({"eps": float("nan")}, "eps must be above 0; got nan"),
         ({"act": "gelu"}, "act must be one of 'none', 'relu'; got 'gelu'"),
+        ({"running_mean": torch.zeros(8)}, "running_var must be given with its companion"),
+        (dict.fromkeys(GIVEN, torch.zeros(7)), r"running_mean must have shape \[8\]; got \[7\]"),
+        (dict.fromkeys(GIVEN, torch.zeros(8).half()), "running_mean must be torch.float32 or float32"),
+        (
+            dict.fromkeys(GIVEN, torch.zeros(8, requires_grad=True)),
+            "running_mean must not require a gradient",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(change, message):

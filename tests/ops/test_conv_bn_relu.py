@@ -13,17 +13,15 @@ from contract import (
     randn,
     triton_forced,
 )
+from convolutions import VECTORS, check, inputs, layouts, twin
 
 from fastvr import backend, tuning
-from fastvr.compare import traffic
 from fastvr.ops.conv_bn_relu import CONV_BN_RELU, conv_bn_relu
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
-from fastvr.testing import check_op
 
 pytest.importorskip("triton")
 from fastvr.kernels import conv_bn_relu as kernels
 
-VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 # n, c, height, width, o, window, stride, padding, groups
 SHAPES = [
     (2, 3, 31, 31, 64, 7, 2, 3, 1),
@@ -42,41 +40,6 @@ SHAPES = [
     (1, 128, 3, 3, 128, 3, 1, 1, 2),
     (1, 3, 9, 11, 8, (3, 1), (1, 2), (0, 3), 1),
 ]
-
-
-def both(value):
-    return (value, value) if isinstance(value, int) else value
-
-
-def inputs(n, c, h, w, o, window, stride, padding, groups, dtype, device, *, vector_dtype=None, **parts):
-    (kh, kw), (sh, sw), (ph, pw) = both(window), both(stride), both(padding)
-    oh, ow = (h + 2 * ph - kh) // sh + 1, (w + 2 * pw - kw) // sw + 1
-    vector = {"dtype": vector_dtype or torch.float32, "device": device}
-    fan_in = c // groups * kh * kw
-    given = {
-        "x": randn(n, c, h, w, dtype=dtype, device=device).to(memory_format=torch.channels_last),
-        "weight": (randn(o, c // groups, kh, kw, device=device) * fan_in**-0.5)
-        .to(dtype)
-        .to(memory_format=torch.channels_last),
-        "bn_weight": randn(o, **vector),
-        "bn_bias": randn(o, **vector),
-        "running_mean": randn(o, **vector),
-        "running_var": randn(o, **vector).abs() + 0.5,
-        "residual": randn(n, o, oh, ow, dtype=dtype, device=device).to(memory_format=torch.channels_last),
-    }
-    options = {"stride": stride, "padding": padding, "groups": groups, "act": parts.get("act", "relu")}
-    return {name: t for name, t in given.items() if parts.get(name, True)} | options
-
-
-def twin(x, weight, *, stride=1, padding=0, eps=1e-5, **others):
-    return reference(x, weight, eps=eps, stride=both(stride), padding=both(padding), **others)
-
-
-def check(given, *, backward=False):
-    with triton_forced():
-        return check_op(
-            conv_bn_relu, twin, given, backward=backward, sample_inputs=("x", "residual"), name="conv_bn_relu"
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,53 +68,6 @@ def test_every_part_is_optional(missing, act, device):
     check(inputs(*shape, torch.float16, device, act=act, **dict.fromkeys(missing, False)))
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 7, 7, 24, 3, 2, 1, 1), (2, 16, 5, 5, 24, 1, 1, 0, 2)], ids=str)
-@pytest.mark.parametrize("statistics", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients(shape, statistics, dtype, device):
-    given = inputs(*shape, dtype, device, running_mean=statistics, running_var=statistics)
-    for name in ("x", "weight", "bn_weight", "bn_bias", "residual"):
-        given[name].requires_grad_()
-    check(given, backward=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("parts", [VECTORS, VECTORS[:2], ()], ids=["frozen", "scale and shift", "plain"])
-@pytest.mark.parametrize("asked", [("x",), ("weight",), ("x", "weight", "bn_bias", "residual")], ids=str)
-def test_gradients_by_the_vendors_convolution(asked, parts, dtype, device):
-    shape = (2, 16, 7, 7, 24, 3, 2, 1, 1)
-    left = {name: False for name in (*VECTORS, "residual") if name not in (*parts, *asked)}
-    given = inputs(*shape, dtype, device, act="relu" if parts else "none", **left)
-    for name in asked:
-        given[name].requires_grad_()
-    check(given, backward=True)
-
-
-@pytest.mark.parametrize("act", ["none", "relu"])
-def test_the_product_is_not_made_again_for_its_gradient(act, device):
-    given = inputs(2, 16, 7, 7, 24, 3, 2, 1, 1, torch.float32, device, act=act)
-    for name in ("weight", "residual"):
-        given[name].requires_grad_()
-    kept = []
-    with triton_forced(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda i: i):
-        y = conv_bn_relu(**given)
-    # and of the maps only what is read is kept
-    maps = [t.shape for t in kept if t.dim() == 4]
-    assert maps == [given["x"].shape, given["weight"].shape, *([y.shape] if act == "relu" else [])]
-    x, weight = given["x"].detach(), given["weight"]
-
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(weight.detach())
-
-        def forward(self, x):
-            return conv_bn_relu(x, self.weight, stride=2, padding=1, act=act)
-
-    step = traffic.count(Layer(), x, train=True)
-    assert step.flops == 2 * 2 * y.numel() * weight[0].numel()
-
-
 @pytest.mark.parametrize("vector_dtype", DTYPES)
 def test_vectors_in_either_dtype(vector_dtype, device):
     dtype = torch.bfloat16 if vector_dtype == torch.float32 else vector_dtype
@@ -164,15 +80,6 @@ def test_vectors_of_two_dtypes_and_strides(device):
     given["bn_bias"] = randn(48, device=device)[::2]
     given["running_var"] = torch.ones(1, device=device).expand(24)
     check(given)
-
-
-def test_gradients_beside_strided_vectors(device):
-    """PyTorch's own batch_norm reads past strided vectors in its backward pass for channels_last."""
-    given = inputs(1, 8, 7, 4, 7, 3, 2, 1, 1, torch.float32, device)
-    for name in VECTORS:
-        given[name] = given[name].repeat_interleave(2)[::2]
-    given["x"].requires_grad_()
-    check(given, backward=True)
 
 
 def test_eps_counts(device):
@@ -237,22 +144,6 @@ def test_a_split_product_is_summed_in_one_order(device):
         assert_order_does_not_matter(lambda: conv_bn_relu(**given))
 
 
-def layouts(t):
-    """The same values in other layouts: contiguous, channels_last, every other row and column of a larger
-    tensor, an offset into one, H and W exchanged in memory."""
-    n, c, h, w = t.shape
-    yield t.contiguous()
-    yield t.to(memory_format=torch.channels_last)
-    wide = torch.zeros(n, 2 * c, 2 * h, 2 * w, dtype=t.dtype, device=t.device)
-    wide[:, ::2, ::2, ::2] = t
-    yield wide[:, ::2, ::2, ::2]
-    around = torch.zeros(n + 1, c + 3, h + 1, w + 2, dtype=t.dtype, device=t.device)
-    around = around.to(memory_format=torch.channels_last)
-    around[1:, 3:, 1:, 2:] = t
-    yield around[1:, 3:, 1:, 2:]
-    yield t.transpose(2, 3).contiguous().transpose(2, 3)
-
-
 @pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("name", ["x", "weight", "residual"])
@@ -289,74 +180,6 @@ def test_float32_residual_beside_bfloat16(device):
     check(given)
     with triton_forced():
         assert conv_bn_relu(**given).dtype == torch.float32
-
-
-def image_inputs(*shape, dtype, device):
-    given = inputs(*shape, dtype, device, residual=False)
-    c = given["x"].shape[1]
-    given["x"] = torch.randint(0, 256, given["x"].shape, dtype=torch.uint8, device=device)
-    return given | {"mean": randn(c, device=device) * 0.2 + 0.5, "std": randn(c, device=device) * 0.05 + 0.25}
-
-
-# the stem, fewer channels than a block of K, no padding, whole blocks of K, groups
-IMAGES = [
-    (2, 3, 31, 30, 64, 7, 2, 3, 1),
-    (3, 1, 9, 8, 24, 3, 1, 1, 1),
-    (2, 5, 6, 7, 31, (1, 3), 1, 0, 1),
-    (1, 64, 5, 5, 24, 3, 1, 1, 1),
-    (1, 64, 5, 5, 24, 1, 2, 0, 1),
-    (2, 8, 6, 6, 12, 3, 2, (0, 1), 2),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_images_of_bytes(shape, dtype, device):
-    check(image_inputs(*shape, dtype=dtype, device=device))
-
-
-def test_images_of_bytes_in_any_layout(device):
-    given = image_inputs(2, 3, 12, 10, 24, 7, 2, 3, 1, dtype=torch.bfloat16, device=device)
-    for x in layouts(given["x"]):
-        check(given | {"x": x})
-    check(given | {"x": given["x"][:1].expand(2, -1, -1, -1)})
-    check(given | {name: given[name].repeat_interleave(2)[::2].half() for name in ("mean", "std")})
-
-
-def test_padding_is_zero_after_normalising(device):
-    given = image_inputs(1, 1, 1, 1, 1, 3, 1, 1, 1, dtype=torch.float32, device=device)
-    given |= dict.fromkeys(VECTORS) | {"weight": torch.ones(1, 1, 3, 3, device=device), "act": "none"}
-    given |= {"x": torch.full((1, 1, 1, 1), 255, dtype=torch.uint8, device=device)}
-    given |= {"mean": torch.tensor([0.5], device=device), "std": torch.tensor([0.25], device=device)}
-    with triton_forced():
-        assert conv_bn_relu(**given).item() == pytest.approx(2.0)
-
-
-def test_gradients_beside_bytes(device):
-    given = image_inputs(2, 3, 9, 8, 24, 3, 2, 1, 1, dtype=torch.float32, device=device)
-    for name in ("weight", "bn_weight", "bn_bias", "mean", "std"):
-        given[name].requires_grad_()
-    check(given, backward=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_under_every_configuration(dtype, device):
-    given = image_inputs(1, 3, 9, 9, 72, 7, 2, 3, 1, dtype=dtype, device=device)
-    for config in kernels.candidate_configs(dtype, "sm_90", gathered=True):
-        with tuning.force_config("conv_bn_relu", config):
-            check(given)
-
-
-def test_bytes_under_autocast_compiled_and_in_float64(device):
-    given = image_inputs(2, 3, 9, 8, 24, 3, 2, 1, 1, dtype=torch.float32, device=device)
-    assert_autocast(conv_bn_relu, twin, **given)
-    vectors = [given[name] for name in VECTORS]
-    options = (1e-5, [2, 2], [1, 1], 1, "relu", None, given["mean"], given["std"])
-    with triton_forced():
-        torch.library.opcheck(CONV_BN_RELU.overload, (given["x"], given["weight"], *vectors, *options))
-    given["weight"] = given["weight"].double()
-    assert "float64" in CONV_BN_RELU.unsupported(given["x"], given["weight"], *vectors, *options)
-    assert conv_bn_relu(**given).dtype == torch.float64
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

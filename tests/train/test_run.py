@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner, Result
 
 import fastvr
 from fastvr.cli import app
+from fastvr.models import checkpointing
 from fastvr.train import checkpoint, data, models, record, run
 from fastvr.train.optimize import decay_groups, warm_up_cosine
 from fastvr.train.settings import Settings, complete
@@ -66,6 +68,32 @@ def test_a_run_leaves_weights_with_a_card_losses_and_a_curve(done: Path) -> None
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("model", models.MINI)
+def test_checkpointed_blocks_give_the_same_losses(
+    model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and the same weights; it may be asked for, or not, when a run is resumed."""
+    recomputed, original = [], checkpointing.recomputed
+
+    def noted(function: Any, x: torch.Tensor, block: torch.nn.Module) -> torch.Tensor:
+        recomputed.append(block)
+        return original(function, x, block)
+
+    monkeypatch.setattr("fastvr.models._model.recomputed", noted)
+    given = ("--model", model, "--data", folder, "--image-size", 16, "--device", "cpu", "--workers", 0)
+    for name, options in (("plain", ()), ("checkpointed", ("--grad-checkpointing",))):
+        result = train(*given, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        assert bool(recomputed) == bool(options)
+    plain, checkpointed = tmp_path / "plain", tmp_path / "checkpointed"
+    assert (plain / "losses.csv").read_bytes() == (checkpointed / "losses.csv").read_bytes()
+    weights, same = (load_file(path / "model.safetensors") for path in (plain, checkpointed))
+    assert weights.keys() == same.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(same[name], tensor), name
+    assert train("--out", checkpointed, "--resume").exit_code == 0
 
 
 def test_the_curve_is_an_image(tmp_path: Path) -> None:
