@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ def _own(op: str, dtype: str, arch: str, case: cases.Case) -> list[Job]:
     return [job for job in jobs if job.forced[0][0] == op or job.forced[0][0] not in cases.OPS]
 
 
-def _few(op: str, dtype: str, arch: str) -> list[Job]:
-    """On sm_80 and sm_90 every configuration in bfloat16 and float32, other kinds of call with one each;
-    float16 on sm_90 alone. Less elsewhere: cards that differ from sm_80 in little but their shared memory,
-    and those that take long to compile for. What is made of other ops' launches shows one of each."""
+def _few(op: str, dtype: str, arch: str, *, sweep: bool) -> list[Job]:
+    """With ``sweep`` every configuration in bfloat16 and float32, other kinds of call with one each;
+    otherwise the first and the last. float16 on sm_90 alone. What is made of other ops' launches shows one
+    of each."""
     todo = kinds(op)
     swept = _own(op, dtype, arch, todo[0])
     # configurations for a small batch only
@@ -118,7 +119,7 @@ def _few(op: str, dtype: str, arch: str) -> list[Job]:
         return swept[:1] if arch == "sm_90" and op not in _NO_PRODUCTS else []
     if op == "transformer_block_training":
         return swept[:1]
-    if arch not in ("sm_80", "sm_90") or op in _NO_PRODUCTS:
+    if not sweep or op in _NO_PRODUCTS:
         return [swept[0], swept[-1]] if dtype == "bfloat16" else swept[:1]
     if dtype == "float32":
         return swept
@@ -139,13 +140,15 @@ class Task:
     tf32: bool = False
 
 
-def plan(archs: list[str], ops: list[str], *, everything: bool) -> list[Task]:
-    """The whole audit."""
+def plan(
+    archs: list[str], ops: list[str], *, everything: bool, swept: Sequence[str] = ("sm_90",)
+) -> list[Task]:
+    """The whole audit, on ``swept`` with every configuration."""
     tasks: list[Task] = []
     for arch in archs:
         for op in ops:
             for dtype in (name for name in cases.DTYPES if op in cases.ops(name)):
-                chosen = _few(op, dtype, arch)
+                chosen = _few(op, dtype, arch, sweep=arch in swept)
                 if everything:
                     shapes = (*cases.cases(op, real=True), *kinds(op))
                     chosen = [job for case in shapes for job in _own(op, dtype, arch, case)]
@@ -265,13 +268,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--op", nargs="+", choices=cases.OPS, default=list(cases.OPS))
     parser.add_argument("--all", action="store_true", help="each configuration with each real shape")
+    parser.add_argument(
+        "--sweep", nargs="*", choices=ARCHITECTURES, default=["sm_90"],
+        help="where every configuration is audited (default: sm_90)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write every row there")
     parser.add_argument("--jobs", type=int, default=launches.workers(), help="processes (default: the cores)")
     args = parser.parse_args(argv)
     launches.refuse_interpreter("bench/audit.py")
     torch.set_num_threads(1)
     started = time.monotonic()
-    tasks = plan(args.arch, args.op, everything=args.all)
+    tasks = plan(args.arch, args.op, everything=args.all, swept=args.sweep)
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
