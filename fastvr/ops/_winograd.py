@@ -24,6 +24,10 @@ _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 # of fewer terms the direct sum is the more exact one
 _LEAST_CHANNELS = 16
 
+# transformed numbers at once, of which several copies live: as many as stay in a shared cache, and as the
+# allocator hands out again without asking the system for pages
+_POINTS = 2**21
+
 
 @dataclasses.dataclass(frozen=True)
 class Winograd:
@@ -60,8 +64,21 @@ def conv_bn_relu(
 ) -> torch.Tensor:
     """``act(conv(x) * scale + shift + residual)`` of x [N, C, H, W] in any layout, channels_last."""
     n, c, height, width = x.shape
-    o = packed.points.shape[2]
     oh, ow = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+    y = x.new_empty(n, oh, ow, packed.points.shape[2])
+    points = 16 * -(-oh // 2) * -(-ow // 2) * max(c, y.shape[3])
+    parts = -(-n * points // _POINTS)
+    for images, found in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+        _convolve(images, packed, padding, found)
+    if residual is not None:
+        y += residual.permute(0, 2, 3, 1)
+    return (y.relu_() if act == "relu" else y).permute(0, 3, 1, 2)
+
+
+def _convolve(x: torch.Tensor, packed: Winograd, padding: Sequence[int], y: torch.Tensor) -> None:
+    """``y`` [N, OH, OW, O] from x."""
+    n, c, height, width = x.shape
+    _, oh, ow, o = y.shape
     h, w = -(-oh // 2), -(-ow // 2)
     # [N, 2 h + 2, 2 w + 2, C]: tiles of 4x4 pixels every second row and column
     image = x.new_zeros(n, 2 * h + 2, 2 * w + 2, c)
@@ -74,15 +91,11 @@ def conv_bn_relu(
         # the one point that goes into each pixel of a tile once
         products[1, 1] += packed.shift
     halves = _together(x.new_empty(2, 4, n, h, w, o), products)
-    y = x.new_empty(n, oh, ow, o)
     for row in range(2):
         for column in range(2):
             # the last tile of an odd size has one row or column too many
             pixels = y[:, row::2, column::2]
             _one(pixels, [half[:, : pixels.shape[1], : pixels.shape[2]] for half in halves[row]], column)
-    if residual is not None:
-        y = y + residual.permute(0, 2, 3, 1)
-    return (y.relu_() if act == "relu" else y).permute(0, 3, 1, 2)
 
 
 def _apart(out: torch.Tensor, lines: Sequence[torch.Tensor]) -> torch.Tensor:

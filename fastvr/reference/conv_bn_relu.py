@@ -125,7 +125,8 @@ def conv_bn_relu_backward(
     if needs[1]:
         assert x is not None
         product = conv2d_weight(normalize(x, mean, std, weight.dtype), weight.shape, given, **steps)
-        found.append(torch.empty_like(weight).copy_(product * scale))
+        # functional, for exporters, and in weight's layout
+        found.append(torch.ops.aten.copy(weight, product * scale))
     if needs[2]:
         assert bn_bias is not None
         found.append(grad.sum((0, 2, 3), dtype=wide).to(bn_bias.dtype))

@@ -298,7 +298,10 @@ def test_second_derivative_is_refused_by_name(device):
         ({"gamma": torch.zeros(3)}, r"gamma must have shape \[4\]; got \[3\]"),
         ({"residual": torch.zeros(2, 5)}, r"residual must have shape \[2, 4\]; got \[2, 5\]"),
         ({"residual": torch.zeros(2, 4, device="meta")}, "residual must be on cpu, where x is; got meta"),
-        ({"act": "swish"}, "act must be one of 'none', 'relu', 'gelu', 'gelu_tanh'; got 'swish'"),
+        (
+            {"act": "swish"},
+            "act must be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'quick_gelu'; got 'swish'",
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["triton", "reference"])

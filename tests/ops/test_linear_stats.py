@@ -143,7 +143,10 @@ def test_a_gradient_is_refused_by_name(device):
         ({"x": torch.zeros(2, 7)}, r"x must be \[\.\.\., 8\]"),
         ({"weight": torch.zeros(4, 8, dtype=torch.float16)}, "weight must be torch.float32"),
         ({"residual": torch.zeros(2, 5)}, r"residual must have shape \[2, 4\]; got \[2, 5\]"),
-        ({"act": "swish"}, "act must be one of 'none', 'relu', 'gelu', 'gelu_tanh'; got 'swish'"),
+        (
+            {"act": "swish"},
+            "act must be one of 'none', 'relu', 'gelu', 'gelu_tanh', 'quick_gelu'; got 'swish'",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(change, message):
