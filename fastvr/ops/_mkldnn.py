@@ -20,6 +20,9 @@ from fastvr.ops._winograd import Winograd
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
+# the slope below zero of a ReLU between two convolutions, where oneDNN's own loses a NaN: what it leaves of a
+# negative number vanishes in the first sum with any other, and no pass of its own is needed (-Inf stays)
+_LEAK = 1e-30
 _MOST_SIZES = 256  # that a weight is laid out for; what comes after them takes the first's layout
 
 _packer: contextvars.ContextVar[Callable[[str, tuple[Any, ...]], None] | None] = contextvars.ContextVar(
@@ -210,8 +213,11 @@ def conv_bn_relu(
     """``act(conv(x) * scale + shift + residual)`` for a packed weight, channels_last."""
     ops, weight, bias = torch.ops.mkldnn, packed.layouts.of(x.shape), packed.bias
     where = (list(padding), list(stride), [1, 1], groups)
-    fused = act if act == "relu" and _relu_keeps_nan() else "none"
     y: torch.Tensor
+    if residual is None and act == "relu" and not _relu_keeps_nan():
+        y = ops._convolution_pointwise(x, weight, bias, *where, "leaky_relu", [_LEAK], "")
+        return y.contiguous(memory_format=torch.channels_last)
+    fused = act if act == "relu" and _relu_keeps_nan() else "none"
     # PyTorch 2.11 fails to describe maps of one pixel, whose strides say nothing, where they are added
     if residual is not None and residual.dtype == x.dtype and residual.shape[2:].numel() != 1:
         then: tuple[Any, ...] = ("add", 1.0, None if fused == "none" else fused, [], "")

@@ -65,14 +65,18 @@ def conv_bn_relu(
     """``act(conv(x) * scale + shift + residual)`` of x [N, C, H, W] in any layout, channels_last."""
     n, c, height, width = x.shape
     oh, ow = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
-    y = x.new_empty(n, oh, ow, packed.points.shape[2])
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty(n, oh, ow, packed.points.shape[2], dtype=dtype)
     points = 16 * -(-oh // 2) * -(-ow // 2) * max(c, y.shape[3])
-    parts = -(-n * points // _POINTS)
-    for images, found in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+    parts = max(-(-n * points // _POINTS), 1)
+    added = [None] * parts if residual is None else residual.permute(0, 2, 3, 1).tensor_split(parts)
+    for images, found, more in zip(x.tensor_split(parts), y.tensor_split(parts), added, strict=True):
         _convolve(images, packed, padding, found)
-    if residual is not None:
-        y += residual.permute(0, 2, 3, 1)
-    return (y.relu_() if act == "relu" else y).permute(0, 3, 1, 2)
+        if more is not None:
+            found += more
+        if act == "relu":
+            found.relu_()
+    return y.permute(0, 3, 1, 2)
 
 
 def _convolve(x: torch.Tensor, packed: Winograd, padding: Sequence[int], y: torch.Tensor) -> None:

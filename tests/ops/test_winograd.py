@@ -95,6 +95,16 @@ def test_batches(n) -> None:
     _check(_case(n=n))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_batch_in_parts(dtype, monkeypatch) -> None:
+    case = _case(n=5)
+    case["residual"] = randn(5, 40, 14, 10, dtype=dtype)
+    whole = conv_bn_relu(**case)
+    assert whole.dtype == torch.promote_types(dtype, torch.float32)
+    monkeypatch.setattr(_winograd, "_POINTS", 2 * 16 * 7 * 5 * 40)
+    assert torch.equal(conv_bn_relu(**case), whole)
+
+
 def test_values_far_from_zero() -> None:
     case = _case(act="none")
     case["x"] = case["x"] + 100
