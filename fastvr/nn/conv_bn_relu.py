@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from torch import nn
 from fastvr import backend
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import track
+from fastvr.ops import _check
 from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
-from fastvr.ops.conv_bn_relu import BatchNorm
+from fastvr.ops.conv_bn_relu import CONV_BN_RELU, BatchNorm
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
 from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu as dual_conv_bn_relu_op
 
@@ -63,19 +64,19 @@ def conv_bn_relu(
     behind the convolution is one op, if its kernel runs; else the modules are called.
     """
     norm = batch_norm(bn)
-    if norm is not None and plain_conv(conv) and conv.bias is None and (relu is None or plain(relu, nn.ReLU)):
-        return conv_bn_relu_op(
-            x,
-            conv.weight,
-            *norm[:4],
-            eps=norm.eps,
-            stride=conv.stride,
-            padding=conv.padding,  # type: ignore[arg-type]
-            groups=conv.groups,
-            act="none" if relu is None else "relu",
-            residual=residual,
-        )
-    return norm_act(bn, relu, convolve(conv, x), residual)
+    if (
+        norm is None
+        or not (plain_conv(conv) and conv.bias is None)
+        or not (relu is None or plain(relu, nn.ReLU))
+    ):
+        return norm_act(bn, relu, convolve(conv, x), residual)
+    act = "none" if relu is None else "relu"
+    weight, stride, padding, groups = conv.weight, conv.stride, conv.padding, conv.groups
+    if not backend.kernels_possible(x.device) and _check.autocast_dtype(x.device) is None:
+        # PyTorch checks what modules hand it, and checking it twice would cost as much as calling it
+        return CONV_BN_RELU(x, weight, *norm, stride, padding, groups, act, residual, None, None)
+    given: dict[str, Any] = {"eps": norm.eps, "stride": stride, "padding": padding, "groups": groups}
+    return conv_bn_relu_op(x, weight, *norm[:4], **given, act=act, residual=residual)
 
 
 def norm_act(
