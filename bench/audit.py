@@ -44,6 +44,7 @@ _CONVOLUTIONS = (
 _NO_PRODUCTS = (
     "layer_norm",
     "layer_norm_backward",
+    "dropout",
     "batch_norm_act",
     "batch_norm_act_backward",
     "batch_norm_act_max_pool",
