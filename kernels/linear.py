@@ -164,9 +164,10 @@ def finish_parts(
     y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows, threshold, keep_scale, stride_rm,
     stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
-    programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
-    if BLOCK_N >= 128:
+    """`finish_tile`, 64 columns after another where there are more, 32 with dropout: so the epilogue takes
+    few registers, two programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
+    WIDEST: tl.constexpr = 64 if seed_ptr is None else 32
+    if BLOCK_N > WIDEST:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         finish_parts(
