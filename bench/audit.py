@@ -44,6 +44,7 @@ _CONVOLUTIONS = (
 _NO_PRODUCTS = (
     "layer_norm",
     "layer_norm_backward",
+    "dropout",
     "batch_norm_act",
     "batch_norm_act_backward",
     "batch_norm_act_max_pool",
@@ -123,7 +124,7 @@ def _few(op: str, dtype: str, arch: str, *, sweep: bool) -> list[Job]:
         return [swept[0], swept[-1]] if dtype == "bfloat16" else swept[:1]
     if dtype == "float32":
         return swept
-    turns = [_own(op, dtype, arch, case) for case in todo[1:3] + todo[3:][-1:]]
+    turns = [_own(op, dtype, arch, case) for case in todo[1:3] + todo[3:][-2:]]
     return swept + [jobs[index % len(jobs)] for index, jobs in enumerate(turns, 1)]
 
 

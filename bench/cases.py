@@ -63,8 +63,10 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
             Case.of("linear", f"{name} fc1", **size, k=dim, n=4 * dim, act="gelu"),
             Case.of("linear", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
             Case.of("linear", f"{name} proj drop path", **size, k=dim, n=dim, residual=True, drop_path=True),
+            Case.of("linear", f"{name} proj dropout", **size, k=dim, n=dim, residual=True, dropout=0.1),
             Case.of("linear", f"{name} head", batch=batch, tokens=None, k=dim, n=1000),
         ],
+        "dropout": [Case.of("dropout", name, **size, dim=dim)],
         "linear_stats": [
             Case.of("linear_stats", f"{name} proj", **size, k=dim, n=dim, residual=True),
             Case.of("linear_stats", f"{name} fc2", **size, k=4 * dim, n=dim, gamma=True, residual=True),
@@ -96,8 +98,20 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         "layer_norm": [Case.of("layer_norm", name, **size, dim=dim)],
         "layer_norm_backward": [Case.of("layer_norm_backward", name, **size, dim=dim)],
         **{op: [Case.of(op, name, **size, dim=8 * dim // 3)] for op in SWIGLU},
-        **{op: [Case.of(op, name, **size, dim=dim, hidden=4 * dim)] for op in MLP},
-        **{op: [Case.of(op, name, **size, heads=dim // 64, head_dim=64)] for op in BLOCK},
+        "layernorm_mlp": [Case.of("layernorm_mlp", name, **size, dim=dim, hidden=4 * dim)],
+        "layernorm_mlp_training": [
+            Case.of("layernorm_mlp_training", name, **size, dim=dim, hidden=4 * dim),
+            Case.of(
+                "layernorm_mlp_training", f"{name} dropout", **size, dim=dim, hidden=4 * dim, dropout=0.1
+            ),
+        ],
+        **{
+            op: [
+                Case.of(op, name, **size, heads=dim // 64, head_dim=64),
+                Case.of(op, f"{name} dropout", **size, heads=dim // 64, head_dim=64, dropout=0.1),
+            ]
+            for op in BLOCK
+        },
         "linear_weight_backward": [
             Case.of("linear_weight_backward", f"{name} {layer}", **size, k=k, n=n, norm=norm)
             for layer, k, n, norm in (
@@ -121,6 +135,7 @@ def _vit(name: str, dim: int, batch: int = REAL_BATCH, tokens: int = 197) -> dic
         "linear_act_backward": [
             Case.of("linear_act_backward", f"{name} fc2", **size, k=4 * dim, n=dim),
             Case.of("linear_act_backward", f"{name} fc2 drop path", **size, k=4 * dim, n=dim, drop_path=True),
+            Case.of("linear_act_backward", f"{name} fc2 dropout", **size, k=4 * dim, n=dim, dropout=0.1),
         ],
     }
 
@@ -258,6 +273,7 @@ SMALL: dict[str, list[Case]] = {
         Case.of("linear", "fc2", batch=2, tokens=50, k=768, n=192, gamma=True, residual=True),
         Case.of("linear", "head", batch=2, tokens=None, k=192, n=100),
     ],
+    "dropout": [Case.of("dropout", "ViT-Ti", batch=2, tokens=50, dim=192)],
     "linear_stats": [Case.of("linear_stats", "proj", batch=2, tokens=50, k=192, n=192, residual=True)],
     "norm_linear": [Case.of("norm_linear", "fc1", batch=2, tokens=50, k=192, n=768, act="gelu")],
     **{op: [Case.of(op, "ViT-Ti", batch=2, tokens=50, heads=3, head_dim=64)] for op in ATTENTION},

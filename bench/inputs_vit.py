@@ -22,6 +22,19 @@ def _factors(case: Case, make: Maker) -> dict[str, Any]:
     return {"sample_scale": (make.normal(case["batch"], like=wide) > -1).to(wide) / 0.8}
 
 
+def _dropped(case: Case, make: Maker, *names: str) -> dict[str, Any]:
+    """Rates and seeds by the names' beginnings, where the case has dropout."""
+    if not (p := case.get("dropout")):
+        return {}
+    seeds = {f"{name}seed": torch.tensor([5, 6 + i], device=make.device) for i, name in enumerate(names)}
+    return {f"{name}dropout_p": p for name in names} | seeds
+
+
+def _dropout(case: Case, make: Maker) -> dict[str, Any]:
+    rows_of = make.normal(*rows(case), case["dim"]).flatten(0, -2)
+    return {"rows": rows_of, "p": 0.1, "seed": torch.tensor([5, 6], device=make.device)}
+
+
 def _linear(case: Case, make: Maker) -> dict[str, Any]:
     k, n = case["k"], case["n"]
     return {
@@ -32,6 +45,7 @@ def _linear(case: Case, make: Maker) -> dict[str, Any]:
         "gamma": make.normal(n) if case.get("gamma") else None,
         "residual": make.normal(*rows(case), n) if case.get("residual") else None,
         **_factors(case, make),
+        **_dropped(case, make, ""),
     }
 
 
@@ -69,10 +83,7 @@ def _attention_kv(case: Case, make: Maker) -> dict[str, Any]:
 
 
 def _attention_training(case: Case, make: Maker) -> dict[str, Any]:
-    given = _attention(case, make) | {"scale": case["head_dim"] ** -0.5}
-    if p := case.get("dropout"):
-        given |= {"dropout_p": p, "seed": torch.tensor([5, 6], device=make.device)}
-    return given
+    return _attention(case, make) | {"scale": case["head_dim"] ** -0.5} | _dropped(case, make, "")
 
 
 def _attention_kv_training(case: Case, make: Maker) -> dict[str, Any]:
@@ -158,7 +169,7 @@ def _layernorm_mlp(case: Case, make: Maker) -> dict[str, Any]:
 
 
 def _layernorm_mlp_training(case: Case, make: Maker) -> dict[str, Any]:
-    return _layernorm_mlp(case, make) | {"eps": 1e-6}
+    return _layernorm_mlp(case, make) | {"eps": 1e-6} | _dropped(case, make, "hidden_", "")
 
 
 def _layernorm_attention_training(case: Case, make: Maker) -> dict[str, Any]:
@@ -176,6 +187,7 @@ def _layernorm_attention_training(case: Case, make: Maker) -> dict[str, Any]:
         "num_heads": heads,
         "scale": case["head_dim"] ** -0.5,
         "eps": 1e-6,
+        **_dropped(case, make, "", "proj_"),
     }
 
 
@@ -183,7 +195,7 @@ def _transformer_block_training(case: Case, make: Maker) -> dict[str, Any]:
     width = case["heads"] * case["head_dim"]
     attention = _layernorm_attention_training(case, make)
     sizes = tuple((dict(case.sizes) | {"dim": width, "hidden": 4 * width}).items())
-    mlp = _layernorm_mlp(dataclasses.replace(case, sizes=sizes), make)
+    mlp = _layernorm_mlp(dataclasses.replace(case, sizes=sizes), make) | _dropped(case, make, "hidden_", "")
     halves = {f"attn_{name}": value for name, value in attention.items()}
     halves |= {f"mlp_{name}": value for name, value in mlp.items()}
     return halves | {
@@ -218,6 +230,7 @@ def _linear_act_backward(case: Case, make: Maker) -> dict[str, Any]:
         "act": case.get("act", "gelu"),
         "needs_activated": True,
         **_factors(case, make),
+        **_dropped(case, make, ""),
     }
 
 
@@ -235,6 +248,7 @@ BUILDERS: dict[str, Builder] = {
     "patch_embed_stats": _patch_embed,
     "layer_norm": _layer_norm,
     "layer_norm_backward": _layer_norm_backward,
+    "dropout": _dropout,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "layernorm_mlp": _layernorm_mlp,

@@ -30,6 +30,7 @@ _KINDS: _Kinds = {
         {"act": "relu", "bias": False, "residual": True},
         {"act": "gelu_tanh", "drop_path": True},
         {"act": "quick_gelu"},
+        {"act": "gelu", "gamma": True, "dropout": 0.1},
     ],
     "linear_stats": [{"residual": True}, {"act": "gelu", "gamma": True, "bias": False}],
     "norm_linear": [{"act": "gelu"}, {"act": "none", "bias": False}],
@@ -48,13 +49,17 @@ _KINDS: _Kinds = {
     ],
     "layer_norm": [{}],
     "layer_norm_backward": [{}],
-    **{op: [{}] for op in SWIGLU},
+    **{op: [{}] for op in (*SWIGLU, "dropout")},
     "layernorm_mlp": [
         {"act": "gelu", "gamma": True},
         {"act": "relu", "residual": False},
         {"act": "gelu_tanh"},
     ],
-    "layernorm_mlp_training": [{"act": "gelu", "gamma": True}, {"act": "relu", "residual": False}],
+    "layernorm_mlp_training": [
+        {"act": "gelu", "gamma": True},
+        {"act": "relu", "residual": False},
+        {"act": "gelu", "dropout": 0.2},
+    ],
     **dict.fromkeys(BLOCK, _HEADS),
     "linear_weight_backward": [
         {"norm": True},
@@ -67,6 +72,7 @@ _KINDS: _Kinds = {
         {"act": "gelu_tanh"},
         {"act": "quick_gelu"},
         {"act": "relu", "drop_path": True},
+        {"act": "gelu", "dropout": 0.2},
     ],
     "conv_bn_relu": [
         {"channels": c, "out": o, "kernel": k, "stride": s, "padding": p} | rest
@@ -147,7 +153,7 @@ def random_case(op: str, rng: random.Random, *, small: bool) -> Case:
     elif op in ("patch_embed", "patch_embed_stats"):
         rows, columns = pick(1, 2, 3, large=(7, 14)), pick(1, 2, 3, large=(5, 14))
         drawn |= {"height": rows * drawn["patch"], "width": columns * drawn["patch"], "dim": max(width, 8)}
-    elif op in ("layer_norm", "layer_norm_backward", *SWIGLU):
+    elif op in ("layer_norm", "layer_norm_backward", "dropout", *SWIGLU):
         drawn |= {"tokens": tokens, "dim": width}
     elif op in MLP:
         drawn |= {"tokens": tokens, "dim": width, "hidden": pick(1, 48, 128, large=(31, 768, 1536))}

@@ -1,9 +1,9 @@
 """GEMM with everything around it in one launch:
-y = residual + sample_scale * gamma * act(norm(x) @ weight.T + bias).
+y = residual + sample_scale * gamma * dropout(act(norm(x) @ weight.T + bias)).
 
 x [M, K], weight [N, K], y [M, N]; every part but the product is optional. Products are summed in float32;
-bias, activation, LayerScale, a factor for each sample (stochastic depth) and residual are applied to the
-float32 accumulator: one rounding, on store.
+bias, activation, dropout, LayerScale, a factor for each sample (stochastic depth) and residual are applied to
+the float32 accumulator: one rounding, on store.
 
 LayerNorm comes in two ways. With ``ln_weight`` the rows of x pass through it on their way into the product:
 their statistics are taken in a first sweep over K, (mean, M2) a block, merged by Chan's formula (Chan, Golub,
@@ -14,7 +14,10 @@ launch is one with ``stats``: (mean, M2) of each chunk of its own rows, of the v
 
 For training, ``x_act`` activates x on its way in, so that what an activation gave need not be kept, and with
 ``hidden``, what an activation was given, the product is a gradient that passes back through it: it is
-multiplied by the derivative there, and what the activation gave is left in ``activated``.
+multiplied by the derivative there, and what the activation gave is left in ``activated``. With dropout behind
+the activation both are dropped. Activating on the way in would draw the words of dropout once for each tile
+of columns: so a forward pass that drops leaves two, ``y`` before the activation and ``activated`` behind
+dropout.
 
 One source, and what a configuration chooses of it:
 
@@ -45,8 +48,10 @@ from fastvr.kernels.common import (
     tma_descriptor,
     wait_for_launch_before,
 )
+from fastvr.kernels.dropout import drop_factors
 from fastvr.kernels.linear_configs import candidate_configs, default_config
 from fastvr.kernels.moments import merge_row_stats, row_moments, store_row_stats
+from fastvr.reference.dropout import keep_scale, threshold
 from fastvr.reference.linear_stats import STATS_CHUNK
 
 __all__ = ["candidate_configs", "default_config", "launch_linear_fwd"]
@@ -88,8 +93,11 @@ def finish_tile(
     y_ptr,  # [M, N]
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
     hidden_ptr,  # [M, N] dense, or None: what ACT was given in a forward pass, whose derivative is asked for
-    activated_ptr,  # [M, N] dense, or None: what it gave
+    activated_ptr,  # [M, N] dense, or None: what it gave; without hidden y is what it was given
+    seed_ptr,  # [2] int64, or None: no dropout
     sample_rows,  # rows of a sample
+    threshold,  # int32, with seed
+    keep_scale,  # 1 / (1 - p), with seed
     stride_rm,
     stride_ym,
     ACT: tl.constexpr,
@@ -117,10 +125,16 @@ def finish_tile(
         hidden = tl.load(hidden_ptr + cells, mask=mask, other=0.0).to(tl.float32)
         activated, slope = activate_and_grad(hidden, ACT, hidden_ptr.dtype.element_ty)
         acc *= slope
+        if seed_ptr is not None:
+            drop = drop_factors(seed_ptr, offs_m, first_n, threshold, keep_scale, BLOCK_M, BLOCK_N)
+            acc *= drop
+            activated *= drop
         if activated_ptr is not None:
             tl.store(activated_ptr + cells, activated.to(activated_ptr.dtype.element_ty), mask=mask)
-    else:
+    elif activated_ptr is None:
         acc = activate(acc, ACT, y_ptr.dtype.element_ty)
+        if seed_ptr is not None:
+            acc *= drop_factors(seed_ptr, offs_m, first_n, threshold, keep_scale, BLOCK_M, BLOCK_N)
     if gamma_ptr is not None:
         acc *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if sample_scale_ptr is not None:  # noqa: SIM102 (as it is for the compiler)
@@ -131,6 +145,14 @@ def finish_tile(
         acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :], y, mask=mask)
+    if activated_ptr is not None:  # noqa: SIM102
+        if hidden_ptr is None:
+            # of the value as stored: its gradient is taken there
+            activated = activate(y.to(tl.float32), ACT, activated_ptr.dtype.element_ty)
+            if seed_ptr is not None:
+                activated *= drop_factors(seed_ptr, offs_m, first_n, threshold, keep_scale, BLOCK_M, BLOCK_N)
+            cells = offs_m[:, None] * N + offs_n[None, :]
+            tl.store(activated_ptr + cells, activated.to(activated_ptr.dtype.element_ty), mask=mask)
     if stats_ptr is not None:
         # of the value as stored: the next launch multiplies that one
         store_row_stats(stats_ptr, y.to(tl.float32), offs_m, offs_n, M, N, STATS_CHUNK, BLOCK_M, BLOCK_N)
@@ -139,33 +161,34 @@ def finish_tile(
 @triton.jit
 def finish_parts(
     acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr, colsum_ptr,
-    y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT: tl.constexpr,
-    STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows, threshold, keep_scale, stride_rm,
+    stride_ym, ACT: tl.constexpr, STATS_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`finish_tile`, 64 columns after another where there are more: so the epilogue takes few registers, two
-    programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
-    if BLOCK_N >= 128:
+    """`finish_tile`, 64 columns after another where there are more, 32 with dropout: so the epilogue takes
+    few registers, two programs of 128x128 stay on a multiprocessor, and one of 128x256 does not spill."""
+    WIDEST: tl.constexpr = 64 if seed_ptr is None else 32
+    if BLOCK_N > WIDEST:
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         finish_parts(
             left, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
-            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
-            STATS_CHUNK, BLOCK_M, HALF,
+            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows, threshold,
+            keep_scale, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
         )  # fmt: skip
         finish_parts(
             right, mean, rstd, offs_m, first_n + HALF, M, N, bias_ptr, gamma_ptr, sample_scale_ptr,
-            residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm,
-            stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
+            residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows,
+            threshold, keep_scale, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, HALF,
         )  # fmt: skip
     else:
         finish_tile(
             acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
-            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
-            STATS_CHUNK, BLOCK_M, BLOCK_N,
+            colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows, threshold,
+            keep_scale, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _linear_fwd_kernel(
     x,  # [M, K], a pointer; with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
     weight,  # [N, K], a pointer; with TMA a descriptor of blocks [BLOCK_N, BLOCK_K], with K_FIRST of [K, N]'s
@@ -181,11 +204,14 @@ def _linear_fwd_kernel(
     stats_ptr,  # [M, ceil(N / STATS_CHUNK), 2] float32 or None
     moments_ptr,  # [M, 2] float32 or None: mean and 1 / deviation of the rows, with ln_weight
     hidden_ptr,  # [M, N] or None: what ACT was given in a forward pass; its derivative there is a factor
-    activated_ptr,  # [M, N] or None: what ACT gave, with hidden
+    activated_ptr,  # [M, N] or None: what ACT gave, with hidden or where y is what it was given
+    seed_ptr,  # [2] int64, or None: no dropout
     M,
     N,
     K,
     sample_rows,
+    threshold,  # int32, with seed
+    keep_scale,  # 1 / (1 - p), with seed
     stride_xm,
     stride_xk,
     stride_wn,
@@ -280,12 +306,12 @@ def _linear_fwd_kernel(
                 )
             finish_parts(
                 acc, mean, rstd, offs_m, pid_n * BLOCK_N, M, N, bias_ptr, gamma_ptr, sample_scale_ptr,
-                residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm,
-                stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
+                residual_ptr, colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows,
+                threshold, keep_scale, stride_rm, stride_ym, ACT, STATS_CHUNK, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _linear_sum_kernel(
     workspace_ptr,  # [SPLIT_K, M, N] float32; what follows as above
     bias_ptr,
@@ -298,10 +324,13 @@ def _linear_sum_kernel(
     stats_ptr,
     hidden_ptr,
     activated_ptr,
+    seed_ptr,
     M,
     N,
     K,
     sample_rows,
+    threshold,
+    keep_scale,
     stride_rm,
     stride_ym,
     stride_sm,
@@ -327,8 +356,8 @@ def _linear_sum_kernel(
         mean, rstd = row_scale(row_stats_ptr, stride_sm, offs_m, M, K, eps, STATS_CHUNK, CHUNKS, ROWS)
     finish_tile(
         acc, mean, rstd, offs_m, first_n, M, N, bias_ptr, gamma_ptr, sample_scale_ptr, residual_ptr,
-        colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, sample_rows, stride_rm, stride_ym, ACT,
-        STATS_CHUNK, ROWS, STATS_CHUNK,
+        colsum_ptr, y_ptr, stats_ptr, hidden_ptr, activated_ptr, seed_ptr, sample_rows, threshold, keep_scale,
+        stride_rm, stride_ym, ACT, STATS_CHUNK, ROWS, STATS_CHUNK,
     )  # fmt: skip
 
 
@@ -352,7 +381,9 @@ def launch_linear_fwd(
     stats: torch.Tensor | None = None,  # [M, ceil(N / STATS_CHUNK), 2] float32, contiguous
     moments: torch.Tensor | None = None,  # [M, 2] float32, contiguous, with ln_weight
     hidden: torch.Tensor | None = None,  # [M, N], contiguous
-    activated: torch.Tensor | None = None,  # [M, N], contiguous, with hidden
+    activated: torch.Tensor | None = None,  # [M, N], contiguous; without hidden y is before the activation
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,  # [2] int64, contiguous, with dropout_p
     workspace: torch.Tensor | None = None,  # [SPLIT_K, M, N] float32, contiguous, where config has SPLIT_K
     act: str,
     x_act: str = "none",
@@ -388,6 +419,7 @@ def launch_linear_fwd(
         "stats_ptr": stats,
         "hidden_ptr": hidden,
         "activated_ptr": activated,
+        "seed_ptr": seed,
         "stride_rm": 0 if residual is None else residual.stride(0),
         "stride_ym": y.stride(0),
         "stride_sm": 0 if row_stats is None else row_stats.stride(0),
@@ -400,6 +432,8 @@ def launch_linear_fwd(
         "N": N,
         "K": K,
         "sample_rows": 1 if sample_scale is None else M // sample_scale.shape[0],
+        "threshold": 0 if seed is None else threshold(dropout_p),
+        "keep_scale": keep_scale(dropout_p),
         "eps": eps,
         "STATS_CHUNK": STATS_CHUNK,
         "CHUNKS": chunks,

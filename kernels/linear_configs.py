@@ -26,10 +26,11 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, **choices: in
 
 
 def candidate_configs(
-    dtype: torch.dtype, arch: str, *, kind: Kind = "linear", m: int | None = None
+    dtype: torch.dtype, arch: str, *, kind: Kind = "linear", m: int | None = None, dropout: bool = False
 ) -> list[Config]:
     """Configurations that fit ``arch``; the first is for many rows, the last for a few (one class token a
-    sample). Those that split K come with the ``m`` rows that are few enough for it.
+    sample). Those that split K come with the ``m`` rows that are few enough for it. With ``dropout`` the
+    epilogue draws random numbers.
 
     None has warp specialisation: Triton's pass for it on sm_90 halves x's block for two groups of warps,
     where a host descriptor cannot follow, and stops at the reductions of the row statistics.
@@ -52,9 +53,10 @@ def candidate_configs(
     # beneath the other's product, and with ViT's short K the epilogue is no small part
     tiles = [_tile(128, 128, 64, 8, stages, **tma)]
     if tma:
-        # a quarter less to load for each product, but alone on its multiprocessor
-        tiles.append(_tile(128, 256, 64, 8, 4, **tma))
-        tiles.append(_tile(128, 256, 64, 8, 4, **tma, PERSISTENT=1))
+        if kind != "linear_act_backward" or not dropout:  # where these spill
+            # a quarter less to load for each product, but alone on its multiprocessor
+            tiles.append(_tile(128, 256, 64, 8, 4, **tma))
+            tiles.append(_tile(128, 256, 64, 8, 4, **tma, PERSISTENT=1))
         tiles.append(_tile(128, 128, 64, 8, stages))
     if kind != "linear_act_backward":  # there this one spills
         tiles.append(_tile(128, 64, 64, 4, stages))
@@ -67,10 +69,12 @@ def candidate_configs(
     return tiles
 
 
-def default_config(m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear") -> Config:
+def default_config(
+    m: int, n: int, dtype: torch.dtype, arch: str, *, kind: Kind = "linear", dropout: bool = False
+) -> Config:
     """The largest tile that still makes two waves of programs on a large GPU; a thin one for few rows. K is
     never split: whether that is worth its second launch is for a measurement to say."""
-    tiles = candidate_configs(dtype, arch, kind=kind)
+    tiles = candidate_configs(dtype, arch, kind=kind, dropout=dropout)
     if m <= _THIN_ROWS:
         return tiles[-1]
     for tile in tiles[:-1]:

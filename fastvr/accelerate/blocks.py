@@ -199,6 +199,8 @@ class FastMlp(Accelerated, Mlp):
 
     _fastvr_accelerates = Mlp
     runs = "linear with its activation, linear (in a block: layernorm_mlp with LayerScale and residual)"
+    # in training its dropout's random numbers stay PyTorch's
+    kernels_drop = False
     part_names = ("fc1", "fc2")
 
     def separate(self) -> bool:
@@ -221,6 +223,7 @@ class FeedForward:
         self.fc1, self.act, self.drop1, self.fc2, self.drop2 = fc1, act, drop1, fc2, drop2
 
     branch, fused = Mlp.branch, Mlp.fused
+    kernels_drop = False
 
 
 class PackedAttention(Accelerated, Attention):
@@ -228,6 +231,8 @@ class PackedAttention(Accelerated, Attention):
 
     _fastvr_accelerates = Attention
     runs = "linear, attention, linear (in a block: with LayerScale and residual)"
+    # in training its dropout's random numbers stay PyTorch's
+    kernels_drop = False
     part_names = ("qkv", "proj")
     required = (
         *("qkv", "q_norm", "k_norm", "proj", "attn_drop", "proj_drop"),

@@ -20,6 +20,8 @@ class FastGlu(Accelerated, GluMlp):
 
     _fastvr_accelerates = GluMlp
     runs = "linear, swiglu, linear (in a block: with LayerScale and residual)"
+    # in training its dropout's random numbers stay PyTorch's
+    kernels_drop = False
     part_names = ("fc1", "fc2")
     required = ("fc1", "act", "drop1", "fc2", "drop2")
 

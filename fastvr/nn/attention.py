@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
+from fastvr.nn.plain import (
+    DrawScale,
+    drawn,
+    drop_rate,
+    dropped_linear,
+    drops_apart,
+    idle,
+    layer_norm,
+    linear,
+    plain,
+    plain_norm,
+)
 from fastvr.ops.attention import attention, attention_kv
 from fastvr.ops.layernorm_attention import layernorm_attention, trains
 from fastvr.ops.linear import linear as linear_op
@@ -25,6 +36,9 @@ class Attention(nn.Module):
         proj_drop: dropout of the result.
         norm_eps: eps of the norms of queries and keys.
     """
+
+    kernels_drop: ClassVar[bool] = True
+    """Whether ``proj_drop`` may be the kernels', with random numbers of theirs."""
 
     def __init__(
         self,
@@ -68,18 +82,31 @@ class Attention(nn.Module):
             return layernorm_attention(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.qkv, nn.Linear))
-        y, proj = self._attend(linear(self.qkv, x)), self.proj
-        if plain(proj, nn.Linear) and idle(self.proj_drop):
-            scale = drawn(drop_path, y)
-            return linear_op(y, proj.weight, proj.bias, gamma=gamma, residual=residual, sample_scale=scale)
-        y = self.proj_drop(linear(proj, y))
-        return join(y, gamma, residual, drawn(drop_path, y))
+        return self._project(self._attend(linear(self.qkv, x)), gamma, residual, drop_path)
+
+    def _project(
+        self,
+        y: torch.Tensor,
+        gamma: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        drop_path: DrawScale | None,
+    ) -> torch.Tensor:
+        return dropped_linear(
+            self.proj,
+            self.proj_drop,
+            y,
+            gamma=gamma,
+            residual=residual,
+            drop_path=drop_path,
+            by_kernels=self.kernels_drop,
+        )
 
     def fused(self, norm: nn.Module, gamma: torch.Tensor | None, x: torch.Tensor) -> dict[str, Any] | None:
         """The arguments of :func:`layernorm_attention` but x, residual and sample_scale, or None where a
         module is observed, replaced, or drops by PyTorch's random numbers."""
-        to_qkv, proj, dropout_p = self.qkv, self.proj, self._dropout_p()
-        if not (plain_norm(norm) and self._known()) or dropout_p is None:
+        to_qkv, proj, dropout_p = self.qkv, self.proj, drop_rate(self.attn_drop)
+        proj_dropout_p = drop_rate(self.proj_drop, by_kernels=self.kernels_drop)
+        if not (plain_norm(norm) and self._known()) or dropout_p is None or proj_dropout_p is None:
             return None
         assert plain(to_qkv, nn.Linear)
         assert plain(proj, nn.Linear)
@@ -95,21 +122,23 @@ class Attention(nn.Module):
             "eps": norm.eps,
             "gamma": gamma,
             "dropout_p": dropout_p,
+            "proj_dropout_p": proj_dropout_p,
         }
-        return found if dropout_p == 0 or trains(x, **found) else None
+        return found if dropout_p == proj_dropout_p == 0 or trains(x, **found) else None
 
-    def separable(self) -> bool:
-        """Whether :meth:`first` gives what a call would: nothing inside is observed, replaced or dropping."""
-        return self._known() and idle(self.attn_drop)
+    def separable(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`first` gives what a call would: nothing inside is observed or replaced, nor drops by
+        PyTorch's random numbers."""
+        drop = self.proj_drop
+        return self._known() and idle(self.attn_drop) and drops_apart(drop, x, by_kernels=self.kernels_drop)
 
     def _known(self) -> bool:
-        """Whether nothing but ``attn_drop`` is observed, replaced or dropping."""
+        """Whether nothing but dropout is observed or replaced."""
         return (
             plain(self, Attention)
             and plain(self.qkv, nn.Linear)
             and plain(self.proj, nn.Linear)
             and self.plain_heads()
-            and idle(self.proj_drop)
         )
 
     def plain_heads(self) -> bool:
@@ -125,28 +154,20 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """``residual + drop_path(gamma * attention(x))`` of each sample's first token alone: [B, N, D]
         to [B, D]."""
-        qkv, proj = self.qkv, self.proj
+        qkv = self.qkv
         assert plain(qkv, nn.Linear)
-        assert plain(proj, nn.Linear)
-        dim = proj.in_features
+        dim = qkv.in_features
         # split, and not slices: their gradients would each be padded to the whole
         q_weight, kv_weight = qkv.weight.split([dim, 2 * dim])
         q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split([dim, 2 * dim])
         # of rows, not of samples with one: PyTorch would add the bias in a launch of its own
         q = linear_op(x[:, 0], q_weight, q_bias)[:, None]
         y = attention_kv(q, linear_op(x, kv_weight, kv_bias), self.num_heads, scale=self.scale)
-        scale = drawn(drop_path, x)
-        return linear_op(y[:, 0], proj.weight, proj.bias, gamma=gamma, residual=residual, sample_scale=scale)
-
-    def _dropout_p(self) -> float | None:
-        """With which probability attention weights are dropped, or None where somebody wants to see them."""
-        if plain(self.attn_drop, nn.Dropout):
-            return self.attn_drop.p if self.attn_drop.training else 0.0
-        return 0.0 if idle(self.attn_drop) else None
+        return self._project(y[:, 0], gamma, residual, drop_path)
 
     def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """[B, N, 3 * D] to [B, N, D]."""
-        dropout_p = self._dropout_p()
+        dropout_p = drop_rate(self.attn_drop)
         if self.plain_heads() and dropout_p is not None:
             return attention(qkv, self.num_heads, scale=self.scale, dropout_p=dropout_p)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)

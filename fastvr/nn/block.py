@@ -55,8 +55,8 @@ class Block(nn.Module):
 
     Pre-norm (``norm_first``): ``x + attn(norm1(x))``, then ``x + mlp(norm2(x))``. Post-norm:
     ``norm1(x + attn(x))``, then ``norm2(x + mlp(x))``, as ``nn.TransformerEncoderLayer`` has it by default.
-    Where nothing inside is observed, replaced or dropping (whole branches apart), a pre-norm block is six
-    launches.
+    Where nothing inside is observed or replaced, a pre-norm block is six launches, with dropout in training
+    too where kernels run.
 
     Args:
         dim: width of the tokens.
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
     def _halves(self, x: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The arguments of both halves but sample_scale, where they may run as one op: nothing inside is
-        observed, replaced or dropping but whole branches."""
+        observed, replaced, or drops by PyTorch's random numbers but whole branches."""
         attn, mlp = self.attn, self.mlp
         if not (
             plain(attn, Attention)
@@ -136,23 +136,23 @@ class Block(nn.Module):
         ):
             return None
         first = attn.fused(self.norm1, _gamma(self.ls1), x)
-        second = mlp.fused(self.norm2, _gamma(self.ls2))
+        second = mlp.fused(self.norm2, _gamma(self.ls2), x)
         return None if first is None or second is None else (first, second)
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """``block(x)[:, 0]``, [B, N, D] to [B, D]: where only the class token is read.
 
         Every token's keys and values are needed, but only this one's query, projection and MLP. Where
-        something inside is observed, replaced or dropping (the random numbers would be others, but for whole
-        branches) the whole block runs.
+        something inside is observed or replaced, attention weights are dropped, or others are by PyTorch's
+        random numbers (which would not be the same, but for whole branches), the whole block runs.
         """
         attn, mlp = self.attn, self.mlp
         if not (
             plain(self, Block)
             and isinstance(attn, Attention)
             and isinstance(mlp, (Mlp, GluMlp))
-            and attn.separable()
-            and mlp.separable()
+            and attn.separable(x)
+            and mlp.separable(x)
             and all(plain_norm(norm) for norm in (self.norm1, self.norm2))
             and all(plain(scale, LayerScale) or plain(scale, nn.Identity) for scale in (self.ls1, self.ls2))
             and all(_known(drop_path) for drop_path in (self.drop_path1, self.drop_path2))

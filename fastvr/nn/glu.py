@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
-from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain
-from fastvr.ops.linear import linear as linear_op
+from fastvr.nn.plain import DrawScale, dropped_linear, drops_apart, layer_norm, linear, plain
 from fastvr.ops.swiglu import swiglu
 
 
@@ -18,6 +19,9 @@ class GluMlp(nn.Module):
         hidden_features: width of a and b together, even.
         drop: dropout after each layer.
     """
+
+    kernels_drop: ClassVar[bool] = True
+    """Whether ``drop2`` may be the kernels', with random numbers of theirs."""
 
     def __init__(self, in_features: int, hidden_features: int, *, drop: float = 0.0) -> None:
         super().__init__()
@@ -33,15 +37,14 @@ class GluMlp(nn.Module):
         """[..., D] to [..., D]."""
         return self.branch(x)
 
-    def separable(self) -> bool:
-        """Whether rows may be computed apart from their sample: nothing inside is observed, replaced or
-        dropping."""
+    def separable(self, x: torch.Tensor) -> bool:
+        """Whether rows may be computed apart from their sample: nothing inside is observed or replaced, nor
+        drops by PyTorch's random numbers."""
         return (
             plain(self, GluMlp)
             and all(plain(fc, nn.Linear) for fc in (self.fc1, self.fc2))
             and plain(self.act, nn.SiLU)
-            and idle(self.drop1)
-            and idle(self.drop2)
+            and all(drops_apart(drop, x, by_kernels=self.kernels_drop) for drop in (self.drop1, self.drop2))
         )
 
     def branch(
@@ -53,7 +56,6 @@ class GluMlp(nn.Module):
         drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
         """``residual + drop_path(gamma * mlp(norm(x)))``, in as few launches as the modules' state allows."""
-        fc2 = self.fc2
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(self.fc1, nn.Linear))
         x = linear(self.fc1, x)
@@ -62,9 +64,12 @@ class GluMlp(nn.Module):
         else:
             gate, value = x.chunk(2, dim=-1)
             x = self.act(gate) * value
-        x = self.drop1(x)
-        if plain(fc2, nn.Linear) and idle(self.drop2):
-            scale = drawn(drop_path, x)
-            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual, sample_scale=scale)
-        y = self.drop2(linear(fc2, x))
-        return join(y, gamma, residual, drawn(drop_path, y))
+        return dropped_linear(
+            self.fc2,
+            self.drop2,
+            self.drop1(x),
+            gamma=gamma,
+            residual=residual,
+            drop_path=drop_path,
+            by_kernels=self.kernels_drop,
+        )

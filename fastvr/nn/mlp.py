@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, linear, plain, plain_norm
-from fastvr.ops.layernorm_mlp import layernorm_mlp
-from fastvr.ops.linear import linear as linear_op
+from fastvr.nn.plain import (
+    DrawScale,
+    drawn,
+    drop_rate,
+    dropped_linear,
+    drops_apart,
+    layer_norm,
+    linear,
+    plain,
+    plain_norm,
+)
+from fastvr.ops.layernorm_mlp import layernorm_mlp, trains
 
 
 class QuickGELU(nn.Module):
@@ -38,6 +47,9 @@ class Mlp(nn.Module):
         drop: dropout after each layer.
     """
 
+    kernels_drop: ClassVar[bool] = True
+    """Whether ``drop1`` and ``drop2`` may be the kernels', with random numbers of theirs."""
+
     def __init__(
         self, in_features: int, hidden_features: int, *, act: str = "gelu", drop: float = 0.0
     ) -> None:
@@ -54,29 +66,29 @@ class Mlp(nn.Module):
         """[..., D] to [..., D]."""
         return self.branch(x)
 
-    def separable(self) -> bool:
-        """Whether rows may be computed apart from their sample: nothing inside is observed, replaced or
-        dropping."""
+    def separable(self, x: torch.Tensor) -> bool:
+        """Whether rows may be computed apart from their sample: nothing inside is observed or replaced, nor
+        drops by PyTorch's random numbers."""
         return (
             plain(self, Mlp)
             and plain(self.fc1, nn.Linear)
             and plain(self.fc2, nn.Linear)
             and fused_name(self.act) is not None
-            and idle(self.drop1)
-            and idle(self.drop2)
+            and all(drops_apart(drop, x, by_kernels=self.kernels_drop) for drop in (self.drop1, self.drop2))
         )
 
-    def fused(self, norm: nn.Module, gamma: torch.Tensor | None) -> dict[str, Any] | None:
-        """The arguments of :func:`layernorm_mlp` but x and residual, or None where a module inside is
-        observed, replaced or dropping."""
+    def fused(self, norm: nn.Module, gamma: torch.Tensor | None, x: torch.Tensor) -> dict[str, Any] | None:
+        """The arguments of :func:`layernorm_mlp` but x, residual and sample_scale, or None where a module
+        inside is observed, replaced, or drops by PyTorch's random numbers."""
         fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
+        rates = [drop_rate(drop, by_kernels=self.kernels_drop) for drop in (self.drop1, self.drop2)]
         if (
             act is None
-            or not (idle(self.drop1) and idle(self.drop2))
+            or None in rates
             or not (plain_norm(norm) and plain(fc1, nn.Linear) and plain(fc2, nn.Linear))
         ):
             return None
-        return {
+        found = {
             "ln_weight": norm.weight,
             "ln_bias": norm.bias,
             "fc1_weight": fc1.weight,
@@ -86,7 +98,10 @@ class Mlp(nn.Module):
             "eps": norm.eps,
             "act": act,
             "gamma": gamma,
+            "hidden_dropout_p": rates[0],
+            "dropout_p": rates[1],
         }
+        return found if rates == [0, 0] or trains(x, **found) else None
 
     def branch(
         self,
@@ -97,21 +112,24 @@ class Mlp(nn.Module):
         drop_path: DrawScale | None = None,
     ) -> torch.Tensor:
         """``residual + drop_path(gamma * mlp(norm(x)))``, in as few launches as the modules' state allows."""
-        if norm is not None and (fused := self.fused(norm, gamma)) is not None:
+        if norm is not None and (fused := self.fused(norm, gamma, x)) is not None:
             return layernorm_mlp(x, **fused, residual=residual, sample_scale=drawn(drop_path, x))
-        fc1, fc2, act = self.fc1, self.fc2, fused_name(self.act)
+        fc1, act, by_kernels = self.fc1, fused_name(self.act), self.kernels_drop
         if norm is not None:
             x = layer_norm(norm, x, for_matmul=plain(fc1, nn.Linear))
         if act is not None and plain(fc1, nn.Linear):
-            x = linear_op(x, fc1.weight, fc1.bias, act=act)
+            x = dropped_linear(fc1, self.drop1, x, act=act, by_kernels=by_kernels)
         else:
-            x = self.act(linear(fc1, x))
-        x = self.drop1(x)
-        if plain(fc2, nn.Linear) and idle(self.drop2):
-            scale = drawn(drop_path, x)
-            return linear_op(x, fc2.weight, fc2.bias, gamma=gamma, residual=residual, sample_scale=scale)
-        y = self.drop2(linear(fc2, x))
-        return join(y, gamma, residual, drawn(drop_path, y))
+            x = self.drop1(self.act(linear(fc1, x)))
+        return dropped_linear(
+            self.fc2,
+            self.drop2,
+            x,
+            gamma=gamma,
+            residual=residual,
+            drop_path=drop_path,
+            by_kernels=by_kernels,
+        )
 
 
 def fused_name(act: nn.Module) -> str | None:

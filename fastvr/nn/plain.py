@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastvr import backend
 from fastvr.ops import _check
 from fastvr.ops.layer_norm import layer_norm as layer_norm_op
+from fastvr.ops.linear import checked, run
 from fastvr.ops.linear import linear as linear_op
 from fastvr.reference.linear import scale_samples
 
@@ -53,6 +55,23 @@ def idle(module: nn.Module) -> bool:
     return plain(module, nn.Identity)
 
 
+def drop_rate(drop: nn.Module, *, by_kernels: bool = True) -> float | None:
+    """With which probability ``drop`` drops, where an op may do it: 0 where it is idle, None where it has to
+    be called, since somebody observes or replaced it, or (not ``by_kernels``) its random numbers stay
+    PyTorch's."""
+    if idle(drop):
+        return 0.0
+    return drop.p if by_kernels and plain(drop, nn.Dropout) else None
+
+
+def drops_apart(drop: nn.Module, x: torch.Tensor, *, by_kernels: bool = True) -> bool:
+    """Whether a part of what ``drop`` is given may be dropped by itself: it is idle, or its random numbers
+    may be others than those of a call for the whole, as where kernels run."""
+    if idle(drop):
+        return True
+    return drop_rate(drop, by_kernels=by_kernels) is not None and backend.kernels_possible(x.device)
+
+
 def drawn(drop_path: DrawScale | None, x: torch.Tensor) -> torch.Tensor | None:
     return None if drop_path is None else drop_path(x)
 
@@ -62,6 +81,28 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if plain(module, nn.Linear):
         return linear_op(x, module.weight, module.bias)
     return _called(module, x)
+
+
+def dropped_linear(
+    module: nn.Module,
+    drop: nn.Module,
+    x: torch.Tensor,
+    *,
+    act: str = "none",
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    drop_path: DrawScale | None = None,
+    by_kernels: bool = True,
+) -> torch.Tensor:
+    """``residual + drop_path(gamma * drop(act(module(x))))``, through the op where it does all of that; with
+    an activation ``module`` is a plain ``nn.Linear``."""
+    p = drop_rate(drop, by_kernels=by_kernels)
+    if plain(module, nn.Linear) and p is not None:
+        a = checked(x, module.weight, module.bias, act, gamma, residual, dropout_p=p)
+        return run(a, drop_path)
+    y = linear_op(x, module.weight, module.bias, act=act) if plain(module, nn.Linear) else _called(module, x)
+    y = _called(drop, y)
+    return join(y, gamma, residual, drawn(drop_path, y))
 
 
 def plain_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:

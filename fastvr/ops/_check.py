@@ -102,10 +102,23 @@ def probability(op: str, name: str, value: float) -> float:
     return float(value)
 
 
+def seed(op: str, given: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """``given`` is None, or what a call's dropout is drawn by; as kernels read it."""
+    if given is None:
+        return None
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f"{op}: seed must be a torch.Tensor; got {type(given).__name__}")
+    if given.shape != (2,) or given.dtype != torch.int64:
+        raise ValueError(f"{op}: seed must be [2] torch.int64; got {list(given.shape)} {given.dtype}")
+    if given.device != x.device:
+        raise ValueError(f"{op}: seed must be on {x.device}, where x is; got {given.device}")
+    return given.contiguous()
+
+
 def kernel_dtypes(*arguments: object) -> str | None:
-    """The reason why kernels cannot take the tensors among ``arguments``, or None."""
+    """The reason why kernels cannot take the tensors among ``arguments``, dropout's seeds apart, or None."""
     for tensor in arguments:
-        if isinstance(tensor, torch.Tensor) and tensor.dtype not in KERNEL_DTYPES:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in (*KERNEL_DTYPES, torch.int64):
             return f"dtype {tensor.dtype}; kernels take float32, float16 and bfloat16"
     return None
 

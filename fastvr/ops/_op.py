@@ -215,10 +215,14 @@ class Op(Generic[_Result]):
         return self._kernel_runs(args, device)
 
     def trains(self, *args: Any) -> bool:
-        """Whether a gradient is needed and this op, the training form of others, runs by its kernel. What
-        runs has to be known here, so a compiler gets it only where kernels are forced. An exported program
-        is for inference, and gets the operator itself, which has a gradient too."""
-        if torch.compiler.is_exporting() or not _needs_gradient(args):
+        """Whether a gradient is needed and this op, the training form of others, runs by its kernel."""
+        return _needs_gradient(args) and self.runs(*args)
+
+    def runs(self, *args: Any) -> bool:
+        """Whether this op, which something else stands in for elsewhere, runs by its kernel. What runs has to
+        be known here, so a compiler gets it only where kernels are forced. An exported program is for
+        inference, and gets the operator that is for it, which has a gradient too."""
+        if torch.compiler.is_exporting():
             return False
         device = args[0].device
         if not backend.kernels_possible(device):

@@ -13,6 +13,7 @@ from fastvr.ops import _check
 from fastvr.ops._heads import reachable, refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD, ATTENTION_KV_BACKWARD
+from fastvr.ops.dropout import draw_seed
 from fastvr.reference.attention import attention as reference
 from fastvr.reference.attention import attention_kv as reference_kv
 from fastvr.reference.attention import attention_kv_training as reference_kv_training
@@ -69,11 +70,6 @@ def attend(qkv: torch.Tensor, num_heads: int, scale: float, dropout_p: float) ->
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return y.transpose(1, 2).flatten(2)
-
-
-def draw_seed(x: torch.Tensor) -> torch.Tensor:
-    """What one call's weights are dropped by, on x's device: a tensor, so that a CUDA graph draws it anew."""
-    return torch.randint(2**63 - 1, (2,), device=x.device)
 
 
 def attention_kv(

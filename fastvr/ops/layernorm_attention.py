@@ -1,5 +1,6 @@
-"""layernorm_attention: residual + sample_scale * gamma * proj(attention(qkv(LayerNorm(x)))). In training one
-op, which keeps x, qkv and what attention gives, and nothing in between; else the four ops it is made of."""
+"""layernorm_attention: residual + sample_scale * gamma * dropout(proj(attention(qkv(LayerNorm(x))))). In
+training one op, which keeps x, qkv and what attention gives, and nothing in between; else the four ops it is
+made of."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check
+from fastvr.ops import _check, linear
 from fastvr.ops._heads import refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops.attention import ATTENTION_TRAINING, attend, draw_seed
+from fastvr.ops.attention import ATTENTION_TRAINING, attend
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD
+from fastvr.ops.dropout import draw_seeds, dropped
 from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
 from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype
 from fastvr.ops.linear_backward import Norm, bias_gradient, parameter_gradients
@@ -35,6 +37,7 @@ def layernorm_attention(
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    proj_dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """The first half of a pre-norm transformer block: LayerNorm, self-attention, LayerScale, stochastic depth
     and residual addition.
@@ -53,6 +56,7 @@ def layernorm_attention(
         sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
             sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
         dropout_p: of the attention weights, as :func:`fastvr.ops.attention.attention` takes it.
+        proj_dropout_p: of what proj gives, as :func:`fastvr.ops.linear.linear` takes its dropout_p.
 
     Returns:
         [B, N, out_features] in the dtype that PyTorch's promotion of proj's result, gamma and residual gives.
@@ -79,6 +83,7 @@ def layernorm_attention(
             residual=residual,
             sample_scale=sample_scale,
             dropout_p=dropout_p,
+            proj_dropout_p=proj_dropout_p,
         )
     )
 
@@ -105,6 +110,7 @@ def checked(
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    proj_dropout_p: float = 0.0,
 ) -> Arguments:
     """The arguments of :func:`layernorm_attention`, found good, and as autocast has them."""
     op = "layernorm_attention"
@@ -151,17 +157,25 @@ def checked(
         float(eps),
         _check.sample_scale(op, sample_scale, x),
         _check.probability(op, "dropout_p", dropout_p),
+        proj_dropout_p=_check.probability(op, "proj_dropout_p", proj_dropout_p),
     )
 
 
 def run(a: Arguments) -> torch.Tensor:
     if LAYERNORM_ATTENTION_TRAINING.trains(*a):
-        return LAYERNORM_ATTENTION_TRAINING(*(a._replace(seed=draw_seed(a.x)) if a.dropout_p > 0 else a))[0]
+        seed, proj_seed = draw_seeds(a.x, a.dropout_p, a.proj_dropout_p)
+        return LAYERNORM_ATTENTION_TRAINING(*a._replace(seed=seed, proj_seed=proj_seed))[0]
     narrow = None if a.qkv_weight.dtype == a.x.dtype else a.qkv_weight.dtype
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, narrow)
     qkv = LINEAR(normed, a.qkv_weight, a.qkv_bias, None, None, "none")
     attended = attend(qkv, a.num_heads, a.scale, a.dropout_p)
-    return LINEAR(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
+    return linear.run(projection(a, attended))
+
+
+def projection(a: Arguments, attended: torch.Tensor) -> linear.Arguments:
+    """The arguments of the last product."""
+    drop = (a.sample_scale, a.proj_dropout_p, a.proj_seed)
+    return linear.Arguments(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", *drop)
 
 
 class Arguments(NamedTuple):
@@ -180,6 +194,8 @@ class Arguments(NamedTuple):
     sample_scale: torch.Tensor | None = None
     dropout_p: float = 0.0
     seed: torch.Tensor | None = None  # with dropout_p, [2] int64
+    proj_dropout_p: float = 0.0
+    proj_seed: torch.Tensor | None = None  # with proj_dropout_p, [2] int64
 
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -203,7 +219,7 @@ def kernel(a: Arguments) -> _Results:
             eps=a.eps,
         )
     attended, lse = ATTENTION_TRAINING.kernel(qkv, a.num_heads, a.scale, a.dropout_p, a.seed)
-    y = LINEAR.kernel(attended, a.proj_weight, a.proj_bias, a.gamma, a.residual, "none", a.sample_scale)
+    y = LINEAR.kernel(*projection(a, attended))
     return y, qkv, attended, lse, moments
 
 
@@ -227,7 +243,7 @@ def fake(a: Arguments, device: str | None = None) -> _Results:
 def unsupported(a: Arguments) -> str | None:
     if 0 in a.qkv_weight.shape:
         return "x has no features"
-    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a[:-1])
+    return refused(a.proj_weight.shape[1] // a.num_heads, a.scale) or _check.kernel_dtypes(*a)
 
 
 def _measured(a: Arguments) -> str:
@@ -235,6 +251,7 @@ def _measured(a: Arguments) -> str:
     width = a.proj_weight.shape[1]
     sizes = {"n": n, "h": a.num_heads, "d": width // a.num_heads, "k": features}
     sizes |= {"drop": 1} if a.dropout_p > 0 else {}
+    sizes |= {"projdrop": 1} if a.proj_dropout_p > 0 else {}
     key = tuning.key("layernorm_attention_training", a.qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -252,7 +269,7 @@ _BEFORE_ATTENTION = _NORM | {"qkv_weight", "qkv_bias"}
 
 
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
-    saves: set[str | int] = set()
+    saves: set[str | int] = set() if needs <= {"residual"} else {"proj_seed"}
     if needs & _BEFORE_ATTENTION:
         saves |= {"proj_weight", "gamma", "sample_scale", "seed", 1, 2, 3}
     if needs & _NORM:
@@ -273,7 +290,9 @@ def backward(
 ) -> dict[str, torch.Tensor | None]:
     _, qkv, attended, lse, moments = results
     found: dict[str, torch.Tensor | None] = {}
-    branch = grad.to(a.qkv_weight.dtype)
+    branch = grad
+    if not needs <= {"residual"}:
+        branch = dropped(as_rows(grad), a.proj_dropout_p, a.proj_seed, a.qkv_weight.dtype).view(grad.shape)
     if needs & {"proj_weight", "gamma"}:
         of_proj = parameter_gradients(
             as_rows(branch),
@@ -313,7 +332,8 @@ LAYERNORM_ATTENTION_TRAINING = Op(
     "layernorm_attention_training",
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
     "Tensor? proj_bias, Tensor? gamma, Tensor? residual, int num_heads, float scale, float eps, "
-    "Tensor? sample_scale=None, float dropout_p=0.0, Tensor? seed=None",
+    "Tensor? sample_scale=None, float dropout_p=0.0, Tensor? seed=None, "
+    "float proj_dropout_p=0.0, Tensor? proj_seed=None",
     arguments=Arguments,
     kernel=kernel,
     reference=reference_training,

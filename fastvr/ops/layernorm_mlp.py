@@ -1,4 +1,5 @@
-"""layernorm_mlp: residual + sample_scale * gamma * fc2(act(fc1(LayerNorm(x)))), two launches.
+"""layernorm_mlp: residual + sample_scale * gamma * dropout(fc2(dropout(act(fc1(LayerNorm(x)))))), two
+launches.
 
 The first is fc1's product, which normalises x on its way in and activates on its way out; the second is fc2's
 with LayerScale, stochastic depth and residual.
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _mkldnn
+from fastvr.ops import _check, _mkldnn, linear
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.dropout import draw_seeds, dropped
 from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
 from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype, unit_rows
 from fastvr.ops.linear_act_backward import LINEAR_ACT_BACKWARD
@@ -36,6 +38,8 @@ def layernorm_mlp(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """The second half of a pre-norm transformer block in two launches: LayerNorm, MLP, LayerScale, stochastic
     depth and residual addition.
@@ -51,6 +55,8 @@ def layernorm_mlp(
         residual: [..., out_features], any floating dtype; usually x itself.
         sample_scale: [x.shape[0]], float32 (float64 for float64 x), without a gradient: a factor for each
             sample's branch, 0 for one that is dropped (stochastic depth). 0 times Inf is NaN.
+        hidden_dropout_p, dropout_p: of what the activation and what fc2 give, as
+            :func:`fastvr.ops.linear.linear` takes its dropout_p.
 
     Returns:
         [..., out_features] in the dtype that PyTorch's promotion of fc2's result, gamma and residual gives.
@@ -61,8 +67,8 @@ def layernorm_mlp(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
-    return LAYERNORM_MLP(
-        *checked(
+    return run(
+        checked(
             x,
             ln_weight,
             ln_bias,
@@ -75,8 +81,16 @@ def layernorm_mlp(
             gamma=gamma,
             residual=residual,
             sample_scale=sample_scale,
+            hidden_dropout_p=hidden_dropout_p,
+            dropout_p=dropout_p,
         )
     )
+
+
+def trains(x: torch.Tensor, **given: Any) -> bool:
+    """Whether :func:`layernorm_mlp` would run as one op, for a gradient; where it would not, each layer's
+    dropout is as :func:`fastvr.ops.linear.linear` has it."""
+    return LAYERNORM_MLP_TRAINING.trains(*checked(x, **given))
 
 
 def checked(
@@ -93,6 +107,8 @@ def checked(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
+    hidden_dropout_p: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> Arguments:
     """The arguments of :func:`layernorm_mlp`, found good, and as autocast has them."""
     op = "layernorm_mlp"
@@ -130,7 +146,22 @@ def checked(
         float(eps),
         act,
         _check.sample_scale(op, sample_scale, x),
+        hidden_dropout_p=_check.probability(op, "hidden_dropout_p", hidden_dropout_p),
+        dropout_p=_check.probability(op, "dropout_p", dropout_p),
     )
+
+
+def run(a: Arguments) -> torch.Tensor:
+    """:func:`layernorm_mlp` of arguments that were found good."""
+    if a.hidden_dropout_p == 0 and a.dropout_p == 0:
+        return LAYERNORM_MLP(*a[:_INFERENCE])
+    if LAYERNORM_MLP_TRAINING.trains(*a):
+        hidden_seed, seed = draw_seeds(a.x, a.hidden_dropout_p, a.dropout_p)
+        return LAYERNORM_MLP_TRAINING(*a._replace(hidden_seed=hidden_seed, seed=seed))[0]
+    normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, a.fc1_weight.dtype)
+    fc1 = linear.Arguments(normed, a.fc1_weight, a.fc1_bias, None, None, a.act, None, a.hidden_dropout_p)
+    fc2 = (a.fc2_weight, a.fc2_bias, a.gamma, a.residual, "none", a.sample_scale, a.dropout_p)
+    return linear.run(linear.Arguments(linear.run(fc1), *fc2))
 
 
 class Arguments(NamedTuple):
@@ -146,8 +177,14 @@ class Arguments(NamedTuple):
     eps: float
     act: str
     sample_scale: torch.Tensor | None = None
+    # what only the training form has; the seeds, with their probabilities, are [2] int64
+    hidden_dropout_p: float = 0.0
+    hidden_seed: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
 
+_INFERENCE = Arguments._fields.index("hidden_dropout_p")  # so many of them
 _PARAMETERS = (
     "Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
     "Tensor? fc2_bias, Tensor? gamma, Tensor? residual, float eps, str act, Tensor? sample_scale=None"
@@ -237,12 +274,17 @@ _Trained = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def kernel_training(a: Arguments) -> _Trained:
     """fc1 leaves what the activation is given, and fc2 activates it on its way in: what the activation gives
-    need not be kept, nor written."""
+    need not be kept, nor written. With dropout in between fc1 leaves both, and what fc2 reads is freed
+    behind it: on the way in each tile of fc2's columns would draw the random numbers anew, at some 17 integer
+    instructions a value, which takes longer than its product."""
     y, hidden, moments = (
         backend.empty(t.shape, dtype=t.dtype, device=a.x.device) for t in fake_training(a, "meta")
     )
     if y.numel() == 0:
         return y, hidden, moments
+    activated = None
+    if a.hidden_seed is not None:
+        activated = backend.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     gemm(
         "layernorm_linear",
         x=as_rows(a.x),
@@ -252,20 +294,25 @@ def kernel_training(a: Arguments) -> _Trained:
         ln_bias=_check.dense(a.ln_bias),
         y=hidden,
         moments=moments,
-        act="none",
+        act="none" if activated is None else a.act,
+        activated=activated,
+        dropout_p=a.hidden_dropout_p,
+        seed=a.hidden_seed,
         eps=a.eps,
     )
     gemm(
-        "act_linear",
-        x=hidden,
+        "act_linear" if activated is None else "linear",
+        x=hidden if activated is None else activated,
         weight=a.fc2_weight,
         bias=_check.dense(a.fc2_bias),
         gamma=_check.dense(a.gamma),
         sample_scale=a.sample_scale,
         residual=unit_rows(a.residual),
         y=y.view(-1, y.shape[-1]),
-        x_act=a.act,
+        x_act=a.act if activated is None else "none",
         act="none",
+        dropout_p=a.dropout_p,
+        seed=a.seed,
     )
     return y, hidden, moments
 
@@ -280,13 +327,18 @@ def fake_training(a: Arguments, device: str | None = None) -> _Trained:
 def _measured_training(a: Arguments) -> str:
     hidden, features = a.fc1_weight.shape
     m = a.x.numel() // max(features, 1)
-    key = tuning.key("layernorm_mlp_training", a.fc1_weight.dtype, m=tuning.bucket(m), n=hidden, k=features)
+    drop = {"drop": 1} if a.dropout_p > 0 else {}
+    drop |= {"hiddendrop": 1} if a.hidden_dropout_p > 0 else {}
+    sizes = {"m": tuning.bucket(m), "n": hidden, "k": features}
+    key = tuning.key("layernorm_mlp_training", a.fc1_weight.dtype, **sizes, **drop)
     return tuning.choice(key, a.x.device, "reference")
 
 
 def cost_training(a: Arguments) -> Cost:
-    cost = _cost(a)
-    return Cost(cost.flops, cost.bytes + nbytes(fake_training(a)[2:]))
+    cost, (_, hidden, moments) = _cost(a), fake_training(a)
+    # with dropout in between fc2 reads another one than is kept
+    twice = hidden if a.hidden_dropout_p > 0 else None
+    return Cost(cost.flops, cost.bytes + nbytes([moments, twice]))
 
 
 _NORM = frozenset({"x", "ln_weight", "ln_bias"})
@@ -294,9 +346,9 @@ _BEFORE_THE_ACTIVATION = _NORM | {"fc1_weight", "fc1_bias"}
 
 
 def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
-    saves: set[str | int] = set()
+    saves: set[str | int] = set() if needs <= {"residual"} else {"seed"}
     if needs & _BEFORE_THE_ACTIVATION:
-        saves |= {"fc2_weight", "gamma", "sample_scale", 1}
+        saves |= {"fc2_weight", "gamma", "sample_scale", "hidden_seed", 1}
     if needs & _NORM:
         saves |= {"x", "ln_weight", "fc1_weight"}
     if "fc1_weight" in needs:
@@ -304,7 +356,7 @@ def saves_of(a: Arguments, needs: frozenset[str]) -> set[str | int]:
     if needs & {"fc2_weight", "fc2_bias"}:
         saves |= {"gamma", "sample_scale"}
     if needs & {"fc2_weight", "gamma"}:
-        saves.add(1)
+        saves |= {"hidden_seed", 1}
     if "gamma" in needs:
         saves |= {"fc2_weight", "fc2_bias", "gamma", "sample_scale"}
     return saves
@@ -315,16 +367,19 @@ def backward(
 ) -> dict[str, torch.Tensor | None]:
     _, hidden, moments = results
     found: dict[str, torch.Tensor | None] = {}
-    rows = as_rows(grad)
-    branch = rows.to(a.fc1_weight.dtype)
+    branch = as_rows(grad)
+    if not needs <= {"residual"}:
+        branch = dropped(branch, a.dropout_p, a.seed, a.fc1_weight.dtype)
     weighs = bool(needs & {"fc2_weight", "gamma"})
     activated = dhidden = None
     if needs & _BEFORE_THE_ACTIVATION:
         weight = with_gamma(a.fc2_weight, a.gamma)
-        args = (branch, weight, hidden, a.act, weighs, a.sample_scale)
+        drop = (a.sample_scale, a.hidden_dropout_p, a.hidden_seed)
+        args = (branch, weight, hidden, a.act, weighs, *drop)
         dhidden, activated = LINEAR_ACT_BACKWARD.where_supported(*args)
     elif weighs:
         activated = activate(hidden.clone(), a.act)
+        activated = dropped(activated, a.hidden_dropout_p, a.hidden_seed, hidden.dtype)
     if activated is not None and weighs:
         of_fc2 = parameter_gradients(
             branch,
@@ -358,7 +413,8 @@ def backward(
 
 LAYERNORM_MLP_TRAINING = Op(
     "layernorm_mlp_training",
-    _PARAMETERS,
+    f"{_PARAMETERS}, float hidden_dropout_p=0.0, Tensor? hidden_seed=None, "
+    "float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=kernel_training,
     reference=reference_training,

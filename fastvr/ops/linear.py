@@ -1,16 +1,19 @@
-"""linear: y = residual + sample_scale * gamma * act(x @ weight.T + bias), one launch."""
+"""linear: y = residual + sample_scale * gamma * dropout(act(x @ weight.T + bias)), one launch."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastvr import backend, tuning
 from fastvr.ops import _check, _mkldnn
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
+from fastvr.ops.dropout import draw_seed, dropped
 from fastvr.ops.linear_backward import bias_gradient, parameter_gradients, with_gamma
 from fastvr.reference.linear import ACTIVATIONS, activate, scale_samples
 from fastvr.reference.linear import linear as reference
@@ -28,11 +31,14 @@ def linear(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer with its activation, LayerScale, stochastic depth and residual addition in one launch.
+    """A linear layer with its activation, dropout, LayerScale, stochastic depth and residual addition in one
+    launch.
 
-    Computes ``residual + sample_scale * gamma * act(x @ weight.T + bias)``; products are accumulated in
-    float32 and the result is rounded once.
+    Computes ``residual + sample_scale * gamma * dropout(act(x @ weight.T + bias))``; products are accumulated
+    in float32 and the result is rounded once.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16 (float64 runs in PyTorch).
@@ -43,6 +49,12 @@ def linear(
         residual: [..., out_features], any floating dtype.
         sample_scale: [x.shape[0]], float32 (float64 with it), without a gradient: a factor for each sample,
             0 for one whose branch is dropped (stochastic depth, Huang et al., 2016). 0 times Inf is NaN.
+        dropout_p: the probability with which each value behind the activation is dropped, 0 to 1; the others
+            are divided by 1 - dropout_p. A dropped Inf is NaN, as PyTorch's is. Without ``seed`` the random
+            numbers are those of PyTorch's dropout where its product runs; the kernel's are of the same
+            distribution, Philox 4x32-10 at each value's row and column, by a seed that PyTorch's generator
+            draws on the device. So ``torch.manual_seed`` decides, and a CUDA graph draws anew at each replay.
+        seed: [2] int64 on x's device, with dropout_p: what to draw by, on every backend the same.
 
     Returns:
         [..., out_features] in the dtype that PyTorch's promotion of x, gamma and residual gives.
@@ -52,9 +64,41 @@ def linear(
     Raises:
         ValueError: an argument's shape, dtype, device or value; the message names it.
     """
+    return run(checked(x, weight, bias, act, gamma, residual, sample_scale, dropout_p, seed))
+
+
+def checked(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str = "none",
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> Arguments:
+    """The arguments of :func:`linear`, found good, and as autocast has them."""
     sample_scale = _check.sample_scale("linear", sample_scale, x)
     x, weight, bias = check_linear("linear", x, weight, bias, act, gamma, residual)
-    return LINEAR(x, weight, bias, gamma, residual, act, sample_scale)
+    dropout_p = _check.probability("linear", "dropout_p", dropout_p)
+    seed = _check.seed("linear", seed, x)
+    return Arguments(x, weight, bias, gamma, residual, act, sample_scale, dropout_p, seed)
+
+
+def run(a: Arguments, draw: Callable[[torch.Tensor], torch.Tensor | None] | None = None) -> torch.Tensor:
+    """:func:`linear` of arguments that were found good. ``draw`` gives sample_scale, where modules would:
+    behind dropout, whose random numbers come first where they are PyTorch's."""
+    by_place = a.dropout_p == 0 or a.seed is not None or LINEAR.runs(*a)
+    y = a.x if by_place else F.dropout(LINEAR(a.x, a.weight, a.bias, None, None, a.act), a.dropout_p)
+    if draw is not None:
+        a = a._replace(sample_scale=draw(y))
+    if not by_place:
+        y = scale_samples(y if a.gamma is None else y * a.gamma, a.sample_scale)
+        return y if a.residual is None else a.residual + y
+    if a.dropout_p == 0:
+        return LINEAR(*a[:7])
+    return LINEAR(*a[:8], draw_seed(a.x) if a.seed is None else a.seed)
 
 
 def check_linear(
@@ -105,10 +149,19 @@ def unit_rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def table_key(
-    m: int, n: int, k: int, dtype: torch.dtype, *, kind: Kind = "linear", residual: bool = False
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    kind: Kind = "linear",
+    residual: bool = False,
+    dropout: bool = False,
 ) -> str:
-    """A residual is part of the key: it is as much to read as the result is to write."""
-    return tuning.key(kind, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual))
+    """A residual is part of the key: it is as much to read as the result is to write. So is dropout, whose
+    random numbers take an epilogue's time."""
+    drop = {"drop": 1} if dropout else {}
+    return tuning.key(kind, dtype, m=tuning.bucket(m), n=n, k=k, residual=int(residual), **drop)
 
 
 def gemm(
@@ -118,6 +171,7 @@ def gemm(
     weight: torch.Tensor,
     y: torch.Tensor,
     residual: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
     **others: Any,
 ) -> None:
     """Write the product of x [m, k] and weight [n, k], with all that surrounds it, to y [m, n].
@@ -128,18 +182,18 @@ def gemm(
 
     (m, k), n = x.shape, weight.shape[0]
     dtype, device = weight.dtype, y.device
-    arch = backend.architecture(device)
+    arch, dropout = backend.architecture(device), seed is not None
     config = tuning.config(
         kind,
-        table_key(m, n, k, dtype, kind=kind, residual=residual is not None),
+        table_key(m, n, k, dtype, kind=kind, residual=residual is not None, dropout=dropout),
         device,
-        default=lambda: default_config(m, n, dtype, arch, kind=kind),
-        candidates=lambda: candidate_configs(dtype, arch, kind=kind, m=m),
+        default=lambda: default_config(m, n, dtype, arch, kind=kind, dropout=dropout),
+        candidates=lambda: candidate_configs(dtype, arch, kind=kind, m=m, dropout=dropout),
     )
     split = config.get("SPLIT_K", 1)
     workspace = backend.empty((split, m, n), dtype=torch.float32, device=device) if split > 1 else None
     launch_linear_fwd(
-        x=x, weight=weight, residual=residual, y=y, workspace=workspace, config=config, **others
+        x=x, weight=weight, residual=residual, seed=seed, y=y, workspace=workspace, config=config, **others
     )
 
 
@@ -151,6 +205,8 @@ class Arguments(NamedTuple):
     residual: torch.Tensor | None
     act: str
     sample_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None  # with dropout_p, [2] int64
 
 
 def _kernel(a: Arguments) -> torch.Tensor:
@@ -168,13 +224,15 @@ def _kernel(a: Arguments) -> torch.Tensor:
         residual=unit_rows(a.residual),
         y=y.view(-1, n),
         act=a.act,
+        dropout_p=a.dropout_p,
+        seed=a.seed,
     )
     return y
 
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
     packed = _mkldnn.kept(a.weight)
-    if a.sample_scale is not None or not isinstance(packed, _mkldnn.Packed):
+    if a.sample_scale is not None or a.seed is not None or not isinstance(packed, _mkldnn.Packed):
         return None
     backend.ran("linear", "mkldnn")
     return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
@@ -192,7 +250,8 @@ def _unsupported(a: Arguments) -> str | None:
 
 def _measured(a: Arguments) -> str:
     n, k = a.weight.shape
-    key = table_key(math.prod(a.x.shape[:-1]), n, k, a.x.dtype, residual=a.residual is not None)
+    m, residual = math.prod(a.x.shape[:-1]), a.residual is not None
+    key = table_key(m, n, k, a.x.dtype, residual=residual, dropout=a.dropout_p > 0)
     # without a measurement the vendor's GEMM runs
     return tuning.choice(key, a.x.device, "reference")
 
@@ -207,8 +266,8 @@ def _cost(a: Arguments) -> Cost:
 def _saves(a: Arguments, needs: frozenset[str]) -> set[str]:
     if a.act != "none":
         # what the activation was given is computed again
-        return set() if needs <= {"residual"} else {"x", "weight", "bias", "gamma", "sample_scale"}
-    saves = set() if needs <= {"residual"} else {"gamma", "sample_scale"}
+        return set() if needs <= {"residual"} else {"x", "weight", "bias", "gamma", "sample_scale", "seed"}
+    saves = set() if needs <= {"residual"} else {"gamma", "sample_scale", "seed"}
     if needs & {"weight", "gamma"}:
         saves.add("x")
     if needs & {"x", "gamma"}:
@@ -232,6 +291,9 @@ def _backward(
     if needs <= {"residual"}:
         return found
     gamma, sample_scale = a.gamma, a.sample_scale
+    if a.seed is not None:
+        dtype = a.x.dtype if a.act == "none" else grad.dtype
+        grad = dropped(as_rows(grad), a.dropout_p, a.seed, dtype).view(grad.shape)
     if a.act != "none":
         hidden = LINEAR.where_supported(a.x, a.weight, a.bias, None, None, "none")
         wanted = [0] if "gamma" not in needs else [0, 2]
@@ -274,7 +336,7 @@ def input_gradient(
 LINEAR = Op(
     "linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str act, "
-    "Tensor? sample_scale=None",
+    "Tensor? sample_scale=None, float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=reference,

@@ -10,12 +10,14 @@ from fastvr import backend, tuning
 from fastvr.ops import _check
 from fastvr.ops._op import Cost, Op, nbytes, reference_gradients
 from fastvr.ops.linear import gemm, table_key
+from fastvr.reference.dropout import dropout
 from fastvr.reference.linear import activate, scale_samples
 
 
 class Arguments(NamedTuple):
     """``hidden`` is what the activation was given: the layer computed ``act(hidden) @ weight.T``, and with
-    ``sample_scale``, float32 [samples], M a multiple of samples, its rows times their sample's factor."""
+    ``sample_scale``, float32 [samples], M a multiple of samples, its rows times their sample's factor; with
+    ``seed``, [2] int64, ``dropout(act(hidden))``, which then is what is left of it."""
 
     grad: torch.Tensor  # [M, N]
     weight: torch.Tensor  # [N, K], grad's dtype
@@ -23,9 +25,11 @@ class Arguments(NamedTuple):
     act: str
     needs_activated: bool
     sample_scale: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
 
-_Results = tuple[torch.Tensor, torch.Tensor]  # hidden's gradient, and act(hidden) or nothing
+_Results = tuple[torch.Tensor, torch.Tensor]  # hidden's gradient, and what the layer was given or nothing
 
 
 def _kernel(a: Arguments) -> _Results:
@@ -44,6 +48,8 @@ def _kernel(a: Arguments) -> _Results:
             sample_scale=a.sample_scale,
             hidden=a.hidden.contiguous(),
             activated=activated if a.needs_activated else None,
+            dropout_p=a.dropout_p,
+            seed=a.seed,
         )
     return dhidden, activated
 
@@ -55,15 +61,20 @@ def _reference(
     act: str,
     needs_activated: bool,
     sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> _Results:
     dactivated = scale_samples(grad, sample_scale) @ weight
+    if seed is not None:
+        dactivated = dropout(dactivated, dropout_p, seed)
     if act == "none":
         dhidden = dactivated
     else:
         (dhidden,) = reference_gradients(activate, (hidden, act), dactivated, [0])
     if not needs_activated:
         return dhidden, hidden.new_empty(0)
-    return dhidden, activate(hidden.clone(), act)
+    activated = activate(hidden.clone(), act)
+    return dhidden, activated if seed is None else dropout(activated, dropout_p, seed)
 
 
 def _fake(a: Arguments) -> _Results:
@@ -79,7 +90,7 @@ def _unsupported(a: Arguments) -> str | None:
 
 def _measured(a: Arguments) -> str:
     (m, n), k = a.grad.shape, a.weight.shape[1]
-    key = table_key(m, k, n, a.grad.dtype, kind="linear_act_backward")
+    key = table_key(m, k, n, a.grad.dtype, kind="linear_act_backward", dropout=a.dropout_p > 0)
     # only after a forward pass by kernels is this op called
     return tuning.choice(key, a.grad.device, "triton")
 
@@ -91,7 +102,8 @@ def _cost(a: Arguments) -> Cost:
 
 LINEAR_ACT_BACKWARD = Op(
     "linear_act_backward",
-    "Tensor grad, Tensor weight, Tensor hidden, str act, bool needs_activated, Tensor? sample_scale=None",
+    "Tensor grad, Tensor weight, Tensor hidden, str act, bool needs_activated, Tensor? sample_scale=None, "
+    "float dropout_p=0.0, Tensor? seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

@@ -7,7 +7,7 @@ output projection's result, and computed again from what that read: 3 % more ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from fastvr import tuning
 from fastvr.ops import layernorm_attention, layernorm_mlp
 from fastvr.ops._op import Cost, Gradient, Op
-from fastvr.ops.attention import draw_seed
+from fastvr.ops.dropout import draw_seeds
 from fastvr.ops.linear import LINEAR, result_dtype
 from fastvr.reference.layernorm_attention import layernorm_attention_training as attention_reference
 from fastvr.reference.layernorm_mlp import layernorm_mlp_training as mlp_reference
@@ -41,19 +41,25 @@ def transformer_block(x: torch.Tensor, attention: Mapping[str, Any], mlp: Mappin
     second = layernorm_mlp.checked(x, **mlp, residual=x)
     if result_dtype(x, first.gamma) == x.dtype and x.dtype != first.qkv_weight.dtype:
         numbers = (first.num_heads, first.scale, first.eps, second.eps, second.act)
+        rates = (first.dropout_p, first.proj_dropout_p, second.hidden_dropout_p, second.dropout_p)
         args = (x, *_own(first), *_own(second), *numbers, first.sample_scale, second.sample_scale)
-        if TRANSFORMER_BLOCK_TRAINING.trains(*args):
-            dropout = (first.dropout_p, draw_seed(x)) if first.dropout_p > 0 else ()
-            return TRANSFORMER_BLOCK_TRAINING(*args, *dropout)[0]
+        if TRANSFORMER_BLOCK_TRAINING.trains(*args, *_with_seeds(rates, [None] * len(rates))):
+            seeds = draw_seeds(x, *rates)
+            return TRANSFORMER_BLOCK_TRAINING(*args, *_with_seeds(rates, seeds))[0]
     y = layernorm_attention.run(first)
     if y.dtype == x.dtype:
-        return layernorm_mlp.LAYERNORM_MLP(*second._replace(x=y, residual=y))
+        return layernorm_mlp.run(second._replace(x=y, residual=y))
     return layernorm_mlp.layernorm_mlp(y, **mlp, residual=y)
 
 
 def _own(half: layernorm_attention.Arguments | layernorm_mlp.Arguments) -> tuple[Any, ...]:
     """Its seven parameters: without x, residual, numbers and sample_scale."""
     return half[1:8]
+
+
+def _with_seeds(rates: Sequence[float], seeds: Sequence[torch.Tensor | None]) -> Iterator[Any]:
+    """Each rate of dropout with its seed behind it, as :class:`Arguments` has them."""
+    return (value for pair in zip(rates, seeds, strict=True) for value in pair)
 
 
 class Arguments(NamedTuple):
@@ -81,8 +87,15 @@ class Arguments(NamedTuple):
     act: str
     attn_sample_scale: torch.Tensor | None = None
     mlp_sample_scale: torch.Tensor | None = None
+    # each with its seed, [2] int64
     attn_dropout_p: float = 0.0
     attn_seed: torch.Tensor | None = None
+    attn_proj_dropout_p: float = 0.0
+    attn_proj_seed: torch.Tensor | None = None
+    mlp_hidden_dropout_p: float = 0.0
+    mlp_hidden_seed: torch.Tensor | None = None
+    mlp_dropout_p: float = 0.0
+    mlp_seed: torch.Tensor | None = None
 
 
 _Results = tuple[
@@ -92,12 +105,25 @@ _Results = tuple[
 
 def _attention(a: Arguments) -> layernorm_attention.Arguments:
     numbers = (a.num_heads, a.scale, a.attn_eps)
-    drops = (a.attn_sample_scale, a.attn_dropout_p, a.attn_seed)
+    drops: tuple[Any, ...] = (
+        a.attn_sample_scale,
+        a.attn_dropout_p,
+        a.attn_seed,
+        a.attn_proj_dropout_p,
+        a.attn_proj_seed,
+    )
     return layernorm_attention.Arguments(a.x, *a[1:8], a.x, *numbers, *drops)
 
 
 def _mlp(a: Arguments, between: torch.Tensor) -> layernorm_mlp.Arguments:
-    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act, a.mlp_sample_scale)
+    drops: tuple[Any, ...] = (
+        a.mlp_sample_scale,
+        a.mlp_hidden_dropout_p,
+        a.mlp_hidden_seed,
+        a.mlp_dropout_p,
+        a.mlp_seed,
+    )
+    return layernorm_mlp.Arguments(between, *a[8:15], between, a.mlp_eps, a.act, *drops)
 
 
 def _kernel(a: Arguments) -> _Results:
@@ -127,6 +153,8 @@ def _measured(a: Arguments) -> str:
     batch, n, features = a.x.shape
     sizes = {"n": n, "h": a.num_heads, "k": features, "hidden": a.mlp_fc1_weight.shape[0]}
     sizes |= {"drop": 1} if a.attn_dropout_p > 0 else {}
+    of_rows = (a.attn_proj_dropout_p, a.mlp_hidden_dropout_p, a.mlp_dropout_p)
+    sizes |= {"projdrop": 1} if max(of_rows) > 0 else {}
     key = tuning.key("transformer_block_training", a.attn_qkv_weight.dtype, b=tuning.bucket(batch), **sizes)
     return tuning.choice(key, a.x.device, "reference")
 
@@ -161,6 +189,7 @@ def _saves(a: Arguments, needs: frozenset[str]) -> set[str | int]:
             else:
                 # what lies between the halves is computed again
                 saves |= {"x", 2, "attn_proj_weight", "attn_proj_bias", "attn_gamma", "attn_sample_scale"}
+                saves.add("attn_proj_seed")
     return saves
 
 
@@ -173,9 +202,7 @@ def _backward(
     if of_mlp:
         between = a.x
         if "x" in layernorm_mlp.saves_of(_mlp(a, a.x), of_mlp):
-            between = LINEAR.where_supported(
-                attended, a.attn_proj_weight, a.attn_proj_bias, a.attn_gamma, a.x, "none", a.attn_sample_scale
-            )
+            between = LINEAR.where_supported(*layernorm_attention.projection(_attention(a), attended))
         gradients = layernorm_mlp.backward(_mlp(a, between), (None, hidden, mlp_moments), grad, of_mlp)
         found |= {f"mlp_{name}": value for name, value in gradients.items()}
         grad = found.get("mlp_x", grad)  # type: ignore[assignment]
@@ -194,7 +221,10 @@ TRANSFORMER_BLOCK_TRAINING = Op(
     "Tensor? mlp_ln_bias, Tensor mlp_fc1_weight, Tensor? mlp_fc1_bias, Tensor mlp_fc2_weight, "
     "Tensor? mlp_fc2_bias, Tensor? mlp_gamma, int num_heads, float scale, float attn_eps, float mlp_eps, "
     "str act, Tensor? attn_sample_scale=None, Tensor? mlp_sample_scale=None, "
-    "float attn_dropout_p=0.0, Tensor? attn_seed=None",
+    "float attn_dropout_p=0.0, Tensor? attn_seed=None, "
+    "float attn_proj_dropout_p=0.0, Tensor? attn_proj_seed=None, "
+    "float mlp_hidden_dropout_p=0.0, Tensor? mlp_hidden_seed=None, "
+    "float mlp_dropout_p=0.0, Tensor? mlp_seed=None",
     arguments=Arguments,
     kernel=_kernel,
     reference=_reference,

@@ -46,3 +46,10 @@ def kept(seed: torch.Tensor, batch: int, num_heads: int, queries: int, keys: int
     signed = words - (words >> 31 << 32)
     stays: torch.Tensor = (signed >= threshold(p))[..., :keys]
     return stays.reshape(batch, num_heads, queries, keys)
+
+
+def dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    """x [..., N] times 0 or 1 / (1 - p), by row and column; 0 times NaN is NaN, as in PyTorch."""
+    n = x.shape[-1]
+    stays = kept(seed, 1, 1, x.numel() // max(n, 1), n, p).view(x.shape)
+    return torch.where(stays, x * keep_scale(p), x * 0.0)

@@ -25,10 +25,13 @@ def layernorm_attention(
     sample_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    proj_dropout_p: float = 0.0,
+    proj_seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     normed = layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype)
     attended = attention(linear(normed, qkv_weight, qkv_bias), num_heads, scale, dropout_p, seed)
-    return linear(attended, proj_weight, proj_bias, gamma, residual, sample_scale=sample_scale)
+    drop = (sample_scale, proj_dropout_p, proj_seed)
+    return linear(attended, proj_weight, proj_bias, gamma, residual, "none", *drop)
 
 
 def layernorm_attention_training(
@@ -47,9 +50,12 @@ def layernorm_attention_training(
     sample_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    proj_dropout_p: float = 0.0,
+    proj_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, qkv, what attention gives with its log-sum-exp, and the LayerNorm's ``row_moments``."""
     qkv = linear(layer_norm(x, ln_weight, ln_bias, eps, qkv_weight.dtype), qkv_weight, qkv_bias)
     attended, lse = attention_training(qkv, num_heads, scale, dropout_p, seed)
-    y = linear(attended, proj_weight, proj_bias, gamma, residual, sample_scale=sample_scale)
+    drop = (sample_scale, proj_dropout_p, proj_seed)
+    y = linear(attended, proj_weight, proj_bias, gamma, residual, "none", *drop)
     return y, qkv, attended.contiguous(), lse, row_moments(x, eps)

@@ -1,9 +1,11 @@
-"""y = residual + sample_scale * gamma * act(x @ weight.T + bias)."""
+"""y = residual + sample_scale * gamma * dropout(act(x @ weight.T + bias))."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from fastvr.reference.dropout import dropout
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu")
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -49,8 +51,12 @@ def linear(
     residual: torch.Tensor | None = None,
     act: str = "none",
     sample_scale: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = activate(F.linear(x, weight, bias), act)
+    if seed is not None:
+        y = dropout(y, dropout_p, seed)
     if gamma is not None:
         y = y * gamma
     y = scale_samples(y, sample_scale)

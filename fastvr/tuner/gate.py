@@ -69,7 +69,9 @@ class Gate:
         """Which samples to hold to the truth; None for all of them: where they are few, or where a result has
         no dimension of samples."""
         x = self._args[0]
-        if self._op.name in _WHOLE_BATCHES:
+        # dropout draws by a cell's place in the batch
+        seeded = any(isinstance(value, Tensor) and value.dtype == torch.int64 for value in self._args)
+        if self._op.name in _WHOLE_BATCHES or seeded:
             return None
         batch, count = len(x), _CHECKED if x.dim() > 2 else _CHECKED_ROWS
         sampled = [named[name] for name in _PER_SAMPLE if isinstance(named.get(name), Tensor)]

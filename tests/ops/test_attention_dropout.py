@@ -13,7 +13,8 @@ import fastvr
 from fastvr import backend, tuning
 from fastvr.nn.attention import Attention
 from fastvr.nn.block import Block
-from fastvr.ops.attention import ATTENTION_TRAINING, attention, draw_seed
+from fastvr.ops.attention import ATTENTION_TRAINING, attention
+from fastvr.ops.dropout import draw_seed
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.reference import attention as reference
 from fastvr.reference import dropout

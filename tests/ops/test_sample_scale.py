@@ -7,7 +7,7 @@ import torch
 from contract import DTYPES, assert_order_does_not_matter, randn, triton_forced
 
 from fastvr import backend, tuning
-from fastvr.ops.attention import draw_seed
+from fastvr.ops.dropout import draw_seed
 from fastvr.ops.layernorm_attention import layernorm_attention
 from fastvr.ops.layernorm_mlp import layernorm_mlp
 from fastvr.ops.linear import linear

@@ -154,7 +154,8 @@ def test_operator(device):
     numbers = {"num_heads": HEADS, "scale": 0.2, "attn_eps": 1e-6, "mlp_eps": 1e-6, "act": "gelu"}
     dropped = torch.tensor([0.0, 2.0], device=device)
     factors = {"attn_sample_scale": dropped, "mlp_sample_scale": dropped.flip(0)}
-    factors |= {"attn_dropout_p": 0.3, "attn_seed": torch.tensor([5, 6], device=device)}
+    for name in ("attn_", "attn_proj_", "mlp_hidden_", "mlp_"):
+        factors |= {f"{name}dropout_p": 0.3, f"{name}seed": torch.tensor([5, len(name)], device=device)}
     args = [(given | numbers | factors)[name] for name in Arguments._fields]
     with triton_forced():
         torch.library.opcheck(TRANSFORMER_BLOCK_TRAINING.overload, args)
