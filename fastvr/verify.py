@@ -35,6 +35,7 @@ _ARCHITECTURES = {
         for name in (
             "CLIPVisionModel",
             "CLIPVisionModelWithProjection",
+            "CLIPForImageClassification",
             "SiglipVisionModel",
             "SiglipForImageClassification",
         )
