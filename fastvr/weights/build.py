@@ -125,7 +125,10 @@ def _arguments(
     found: Recognised, wanted: tuple[int, int] | None, overrides: Mapping[str, Any], source: str
 ) -> tuple[type[Model], dict[str, Any]]:
     if found.family == "ResNet":
-        return ResNet, {**resnet_arguments(found.state), **found.stated}
+        arguments = {**resnet_arguments(found.state), **found.stated}
+        if not all(arguments["layers"]):
+            raise CheckpointError(f"{source}: has stages of {arguments['layers']} blocks; none may be empty")
+        return ResNet, arguments
     state, stated = found.state, dict(found.stated)
     projection = state["patch_embed.proj.weight"]
     width, in_chans, *patch = projection.shape
@@ -194,15 +197,17 @@ def _arguments(
 
 
 def _own_size(counts: list[int], patch: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """The size of the images of which one of ``counts`` is the number of patches: a square, or ``wanted``."""
-    side = 1
+    """The size of the images of which one of ``counts`` is the number of patches: a square, ``wanted``, or a
+    square of patches."""
+    rows, columns = patch
     for count in counts:
-        side = math.isqrt(count)
-        if side * side == count:
-            return side * patch[0], side * patch[1]
-        if wanted is not None and (wanted[0] // patch[0]) * (wanted[1] // patch[1]) == count:
+        side = math.isqrt(count * rows * columns)
+        if side * side == count * rows * columns and not (side % rows or side % columns):
+            return side, side
+        if wanted is not None and (wanted[0] // rows) * (wanted[1] // columns) == count:
             return wanted
-    return side * patch[0], side * patch[1]
+    side = next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), 1)
+    return side * rows, side * columns
 
 
 def _heads(width: int, gated: bool, class_token: bool, source: str, *, guessed: bool) -> int:

@@ -356,6 +356,21 @@ def test_oblong_images_of_weights_alone(no_embed_class) -> None:
             fastvr.load_model(theirs.state_dict(), num_heads=2)
 
 
+def test_square_images_in_oblong_patches_of_weights_alone() -> None:
+    """8 of them and a class token, which are not 3 x 3 patches either."""
+    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16)}).state_dict()
+    model = fastvr.load_model(state, num_heads=2)
+    assert (model.img_size, model.no_embed_class) == ((32, 32), False)
+    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16), "img_size": (32, 64)}).state_dict()
+    assert fastvr.load_model(state, num_heads=2).img_size == (32, 64)
+
+
+def test_three_stages_are_no_resnet(make_peer) -> None:
+    state = {k: t for k, t in make_peer("timm-resnet").state_dict().items() if not k.startswith("layer4.")}
+    with pytest.raises(fastvr.CheckpointError, match=r"has stages of \(1, 1, 1, 0\) blocks"):
+        fastvr.load_model(state)
+
+
 @pytest.mark.parametrize(
     "name", ["vit_giantopt_patch16_siglip_256", "vit_giant_patch16_radio_v3", "vit_giant_patch14_dinov2"]
 )
