@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ _ARCHITECTURES = {
         for name in (
             "CLIPVisionModel",
             "CLIPVisionModelWithProjection",
+            "CLIPForImageClassification",
             "SiglipVisionModel",
             "SiglipForImageClassification",
         )
@@ -44,6 +45,18 @@ _ARCHITECTURES = {
     "SiglipModel": "SiglipVisionModel",
 }
 """transformers' models, and which of its classes runs their images."""
+
+_PREFIXES = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "resnet": "ResNet",
+    "clip": "CLIP",
+    "clip_vision_model": "CLIPVision",
+    "siglip": "Siglip",
+    "siglip_vision_model": "SiglipVision",
+}
 
 
 class Verdict(NamedTuple):
@@ -121,7 +134,8 @@ class _Output(nn.Module):
         model_type = self.inner.config.model_type  # type: ignore[union-attr]
         tower = model_type in transformers_clip.MODEL_TYPES
         pooled: torch.Tensor = made.pooler_output if tower else made.last_hidden_state[:, 0]
-        return pooled
+        # SigLIP's without its pooling gives every token
+        return made.last_hidden_state if pooled is None else pooled
 
 
 def _peer(checkpoint: Checkpoint, found: Recognised, model: Model) -> tuple[str, nn.Module]:
@@ -194,7 +208,7 @@ def _transformers(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]
         else:
             assert isinstance(model, ResNet)
             config = configs.transformers_resnet(model)
-    name = (config.get("architectures") or [None])[0]
+    name = (config.get("architectures") or [_architecture(config["model_type"], checkpoint.state)])[0]
     if name not in _ARCHITECTURES:
         raise CheckpointError(
             f"{checkpoint.source}: config.json: architectures must name a known model; got {name!r}"
@@ -215,6 +229,18 @@ def _transformers(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]
         )
         peer: nn.Module = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     return "transformers", peer
+
+
+def _architecture(model_type: str, keys: Collection[str]) -> str:
+    """transformers' class for weights whose configuration names none."""
+    if "distillation_classifier.weight" in keys:
+        task = "ForImageClassificationWithTeacher"
+    elif "classifier.weight" in keys or "classifier.1.weight" in keys:
+        task = "ForImageClassification"
+    else:
+        projected = model_type == "clip_vision_model" and "visual_projection.weight" in keys
+        task = "ModelWithProjection" if projected else "Model"
+    return _PREFIXES.get(model_type, model_type) + task
 
 
 def _encoder(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:

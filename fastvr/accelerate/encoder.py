@@ -163,10 +163,10 @@ class TransformerEncoderLayer(Accelerated):
         return layer_norm(self.norm2, self._feed(x, None))
 
     def _attend(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        # a module put in place is called as PyTorch's layer calls it
+        unmasked = {"attn_mask": None, "key_padding_mask": None, "need_weights": False, "is_causal": False}
         attn = self.self_attn
-        return residual_branch(
-            x, norm, attn, None, self.dropout1, lambda y: attn(y, y, y, need_weights=False)[0]
-        )
+        return residual_branch(x, norm, attn, None, self.dropout1, lambda y: attn(y, y, y, **unmasked)[0])
 
     def _feed(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         layers = FeedForward(

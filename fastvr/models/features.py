@@ -131,6 +131,11 @@ class Backbone(nn.Module):
         self.train(model.training)
 
     @property
+    def generation(self) -> int:
+        """The model's: what may have changed its weights, counted."""
+        return self.model.generation
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The model's, without what is about its head."""
         config = self.model.pretrained_cfg

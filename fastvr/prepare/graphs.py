@@ -27,7 +27,7 @@ class Graphs:
         self._context = context(example.device)
         self._lock = threading.Lock()
         self._x = images_like(example, sizes[0])
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
         with torch.cuda.device(example.device):
             pool: Any = None
             # the largest first: the others then find room in what it allocated
@@ -42,7 +42,7 @@ class Graphs:
                 graph = torch.cuda.CUDAGraph()
                 # other threads (those that load data) may go on calling CUDA meanwhile
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    y: torch.Tensor = model(x)
+                    y = model(x)
                 self._graphs[size] = graph, y
                 pool = graph.pool()
             self._done = torch.cuda.Event()
@@ -66,14 +66,14 @@ class Graphs:
             and context(x.device) == self._context
         )
 
-    def replay(self, x: torch.Tensor) -> torch.Tensor:
+    def replay(self, x: torch.Tensor) -> Any:
         with self._lock, torch.cuda.device(x.device):
             # the last call may have been on another stream
             self._done.wait()
             graph, y = self._graphs[x.shape[0]]
             self._x[: x.shape[0]].copy_(x)
             graph.replay()
-            result = y.clone()
+            result = [one.clone() for one in y] if isinstance(y, list) else y.clone()
             self._done.record()
         return result
 

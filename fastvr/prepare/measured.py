@@ -10,13 +10,14 @@ import torch
 
 from fastvr import backend
 from fastvr.models._model import Model
+from fastvr.models.features import Backbone
 from fastvr.prepare.folded import FoldedViT, foldable
 from fastvr.prepare.graphs import images_like
 
 logger = logging.getLogger("fastvr")
 
 
-def measure_unknown(model: Model, example: torch.Tensor, batch_sizes: Sequence[int]) -> None:
+def measure_unknown(model: Model | Backbone, example: torch.Tensor, batch_sizes: Sequence[int]) -> None:
     """Measure the likeliest candidates of each call of ``model``, folded or not, that has no entry yet, for
     images like ``example`` in each of the batch sizes. Only on a GPU; about 20 s at most, and remembered."""
     device = example.device

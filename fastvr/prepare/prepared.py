@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fastvr.models._model import Model
+from fastvr.models.features import Backbone
 from fastvr.prepare.cpu import pack_weights
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
@@ -20,7 +21,7 @@ Tune = Literal["quick", False]
 
 
 def prepare(
-    model: Model,
+    model: Model | Backbone,
     example: torch.Tensor,
     *,
     batch_sizes: Sequence[int] | None = None,
@@ -29,7 +30,8 @@ def prepare(
     """Prepare ``model`` for inference on images like ``example``.
 
     Args:
-        model: a ViT or ResNet in eval mode. It stays as it is, and its weights are copied.
+        model: a ViT or ResNet, or a :class:`Backbone` of one, in eval mode. It stays as it is, and its
+            weights are copied.
         example: images as the model takes them, floating or uint8; their values do not matter, their layout
             is the one that is fastest afterwards.
         batch_sizes: on a GPU, the batch sizes for which a CUDA graph is captured; None is the example's.
@@ -42,7 +44,7 @@ def prepare(
         A callable that gives what ``model(x)`` gives, within the parity rule.
 
     Raises:
-        ValueError: ``model`` is no ViT or ResNet, is in training mode or has hooks; ``example`` does not fit;
+        ValueError: ``model`` is none of these, is in training mode or has hooks; ``example`` does not fit;
             ``batch_sizes`` are not positive integers; ``tune`` is neither "quick" nor False.
     """
     return PreparedModel(model, example, batch_sizes=batch_sizes, tune=tune)
@@ -65,13 +67,13 @@ class PreparedModel:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Backbone,
         example: torch.Tensor,
         *,
         batch_sizes: Sequence[int] | None = None,
         tune: Tune = "quick",
     ) -> None:
-        if not isinstance(model, Model):
+        if not isinstance(model, (Model, Backbone)):
             raise ValueError(
                 f"prepare: model must be a ViT or ResNet of fastvr's; got {type(model).__name__}"
             )
@@ -87,7 +89,7 @@ class PreparedModel:
         self._lock = threading.Lock()
         self._prepare(model, example.device, example.dtype)
 
-    def _prepare(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    def _prepare(self, model: Model | Backbone, device: torch.device, dtype: torch.dtype) -> None:
         generation = model.generation
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
@@ -109,8 +111,8 @@ class PreparedModel:
         """Whether there are CUDA graphs."""
         return self._graphs is not None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """What the model gave for ``x`` when it was prepared.
+    def __call__(self, x: torch.Tensor) -> Any:
+        """What the model gave for ``x`` when it was prepared; of a backbone a list of maps.
 
         Raises:
             RuntimeError: the source changed since.
@@ -126,8 +128,7 @@ class PreparedModel:
         with torch.no_grad():
             if graphs is not None and graphs.takes(x):
                 return graphs.replay(x)
-            y: torch.Tensor = self._snapshot(x)
-            return y
+            return self._snapshot(x)
 
     def refresh(self) -> None:
         """Take the source's weights, device and dtype as they are now, and capture anew.

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from fastvr.models._model import Model
+from fastvr.models.features import Backbone
 from fastvr.models.resnet import ResNet
 from fastvr.nn.conv_bn_relu import ScaleShift
 from fastvr.nn.plain import has_hooks
 
 
-def snapshot_of(model: Model) -> Model:
+def snapshot_of(model: Model | Backbone) -> Model | Backbone:
     """``model`` copied, without gradients, BatchNorms as the scale and shift that they come to.
 
     Raises:
@@ -26,7 +27,8 @@ def snapshot_of(model: Model) -> Model:
         if has_hooks(module):
             raise ValueError(f"prepare: {where} must have no hooks, since a CUDA graph would not call them")
     snapshot = copy.deepcopy(model).requires_grad_(False)
-    layout = torch.channels_last if isinstance(model, ResNet) else torch.contiguous_format
+    inner = model.model if isinstance(model, Backbone) else model
+    layout = torch.channels_last if isinstance(inner, ResNet) else torch.contiguous_format
     snapshot.to(memory_format=layout)
     for parent in list(snapshot.modules()):
         for name, child in list(parent.named_children()):

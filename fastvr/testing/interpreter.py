@@ -78,6 +78,12 @@ def install(*, bounds: bool = True, poison: bool = True) -> None:
     _state.installed = True
 
 
+def ensure() -> None:
+    """:func:`install`, where nobody has yet: what a kernel's launch on a CPU asks for."""
+    if not _state.installed:
+        install()
+
+
 @contextlib.contextmanager
 def shuffle(seed: int | None = 0) -> Iterator[None]:
     """Run the programs of every launch in a random order; ``None`` in the given one.

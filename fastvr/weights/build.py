@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastvr.models._model import Model
-from fastvr.models.positions import resample
+from fastvr.models.positions import image_and_patch, resample
 from fastvr.models.registry import MODELS
 from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
@@ -76,23 +76,24 @@ def build(
     if found is None:
         raise CheckpointError(unknown_layout(checkpoint, "ViT or ResNet"))
     how = preprocessing.read(checkpoint.config, checkpoint.preprocessor, source)
+    if img_size is not None and found.family != "ViT":
+        raise ValueError("load_model: img_size is for a ViT; a ResNet takes images of every size")
+    wanted = None if img_size is None else image_and_patch(img_size, 1)[0]
     try:
-        kind, arguments = _arguments(found, overrides, source)
+        kind, arguments = _arguments(found, wanted, overrides, source)
     except CheckpointError:
         raise
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{source} ({found.title} layout of a {found.family}): lacks weights that tell its shape: {error}"
         ) from error
-    if img_size is not None:
-        if found.family != "ViT":
-            raise ValueError("load_model: img_size is for a ViT; a ResNet takes images of every size")
-        arguments["img_size"], old = img_size, arguments["img_size"]
+    if wanted is not None:
+        arguments["img_size"], old = wanted, arguments["img_size"]
     if num_classes is not None:
         arguments["num_classes"], had = num_classes, arguments["num_classes"]
     model = kind(**{**arguments, **overrides}).eval()
     state = dict(found.state)
-    if isinstance(model, ViT) and img_size is not None and model.img_size != old:
+    if isinstance(model, ViT) and wanted is not None and model.img_size != old:
         _resample(state, model, old)
         logger.info("%s: positions resampled from images of %s to %s", source, old, model.img_size)
     if num_classes is not None and num_classes != had:
@@ -121,10 +122,13 @@ def _resample(state: dict[str, torch.Tensor], model: ViT, old: tuple[int, int]) 
 
 
 def _arguments(
-    found: Recognised, overrides: Mapping[str, Any], source: str
+    found: Recognised, wanted: tuple[int, int] | None, overrides: Mapping[str, Any], source: str
 ) -> tuple[type[Model], dict[str, Any]]:
     if found.family == "ResNet":
-        return ResNet, resnet_arguments(found.state)
+        arguments = {**resnet_arguments(found.state), **found.stated}
+        if not all(arguments["layers"]):
+            raise CheckpointError(f"{source}: has stages of {arguments['layers']} blocks; none may be empty")
+        return ResNet, arguments
     state, stated = found.state, dict(found.stated)
     projection = state["patch_embed.proj.weight"]
     width, in_chans, *patch = projection.shape
@@ -141,17 +145,20 @@ def _arguments(
     no_embed_class = overrides.get("no_embed_class", stated.pop("no_embed_class", None))
     size = stated.pop("img_size", None)
     if size is None:
+        # positions of patches alone where they make a square, else of all tokens; DeiT-III has the former
+        counts = [positions - prefix, positions]
+        if no_embed_class is not None:
+            counts = [counts[no_embed_class]]
+        size = _own_size([count for count in counts if count > 0], (patch[0], patch[1]), wanted)
         if no_embed_class is None:
-            no_embed_class = math.isqrt(positions - prefix) ** 2 != positions - prefix
-        side = math.isqrt(positions if no_embed_class else positions - prefix)
-        size = (side * patch[0], side * patch[1])
+            no_embed_class = bool(prefix) and positions == (size[0] // patch[0]) * (size[1] // patch[1])
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
     if no_embed_class is None:
         no_embed_class = positions == patches
     if positions != patches + (0 if no_embed_class else prefix):
         raise CheckpointError(
             f"{source}: has {positions} positions, which are not those of images of {size[0]}x{size[1]} "
-            f"pixels in patches of {patch[0]}x{patch[1]}"
+            f"pixels in patches of {patch[0]}x{patch[1]}; if its images are oblong, give their img_size="
         )
     arguments = {
         "img_size": size,
@@ -170,6 +177,7 @@ def _arguments(
         "fc_norm": fc_norm,
         **stated,
     }
+    has_class_token = "cls_token" in state
     said = stated.keys() | overrides.keys()
     if arguments["pre_norm"]:
         arguments = {"norm_eps": 1e-5, **arguments}
@@ -177,10 +185,10 @@ def _arguments(
         logger.warning("%s: does not say which activation it has; exact GELU is taken (act=)", source)
     if "num_heads" not in overrides and "num_heads" not in arguments:
         gated = arguments.get("act") == "swiglu"
-        arguments["num_heads"] = _heads(width, gated, source, guessed=found.layout == "encoder")
+        guessed = found.layout == "encoder"
+        arguments["num_heads"] = _heads(width, gated, has_class_token, source, guessed=guessed)
     if distilled:
         return DistilledViT, arguments
-    has_class_token = "cls_token" in state
     arguments["class_token"] = has_class_token
     arguments["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
     pool = "map" if "attn_pool.latent" in state else "token" if has_class_token and not fc_norm else "avg"
@@ -188,23 +196,41 @@ def _arguments(
     return ViT, arguments
 
 
-def _heads(width: int, gated: bool, source: str, *, guessed: bool) -> int:
-    known = {
-        entry.arguments["embed_dim"]: entry.arguments["num_heads"]
+def _own_size(counts: list[int], patch: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """The size of the images of which one of ``counts`` is the number of patches: a square, ``wanted``, or a
+    square of patches."""
+    rows, columns = patch
+    for count in counts:
+        side = math.isqrt(count * rows * columns)
+        if side * side == count * rows * columns and not (side % rows or side % columns):
+            return side, side
+        if wanted is not None and (wanted[0] // rows) * (wanted[1] // columns) == count:
+            return wanted
+    side = next((math.isqrt(count) for count in counts if math.isqrt(count) ** 2 == count), 1)
+    return side * rows, side * columns
+
+
+def _heads(width: int, gated: bool, class_token: bool, source: str, *, guessed: bool) -> int:
+    known = [
+        entry.arguments
         for entry in MODELS.values()
-        # of one width SigLIP's giant has others than DINOv2's
-        if "embed_dim" in entry.arguments and (entry.arguments.get("act") == "swiglu") == gated
-    }
-    heads: int = known.get(width, 0 if width % 64 else width // 64)
-    if not heads:
+        if entry.arguments.get("embed_dim") == width and (entry.arguments.get("act") == "swiglu") == gated
+    ]
+    # of one width SigLIP's giant has others than RADIO's
+    alike = [one for one in known if one.get("class_token", True) == class_token] or known
+    heads: set[int] = {one["num_heads"] for one in alike}
+    if not known and not width % 64:
+        heads = {width // 64}
+    if len(heads) != 1:
         raise CheckpointError(
             f"{source}: does not say how many heads share its width of {width}: give num_heads="
         )
-    if guessed or width not in known:
+    (count,) = heads
+    if guessed or not known:
         logger.warning(
             "%s: does not say how many heads it has; %d of width %d are taken (num_heads=)",
             source,
-            heads,
-            width // heads,
+            count,
+            width // count,
         )
-    return heads
+    return count

@@ -67,11 +67,12 @@ def recognise(
     for layout, modules in _LAYOUTS.items():
         for module in modules:
             if (family := module.family(state)) is not None:
+                # first, since what a configuration rules out need not fit together
+                stated = _stated(module, family, config, state, source)
                 slots = {key: module.rename(key) for key in state if not module.unused(key)}
                 renamed, origin = _joined(state, slots, source)
                 module.finish(renamed, state)
                 unused = tuple(key for key in state if key not in slots)
-                stated = _stated(module, family, config, state, source)
                 return Recognised(layout, family, renamed, origin, unused, stated)
     return None
 

@@ -48,9 +48,9 @@ def load_checkpoint(
         model: a ViT or ResNet, or any module with their names.
         path_or_state_dict: a ``.safetensors`` file, a PyTorch file (read with ``weights_only=True``), the
             ``.index.json`` of sharded ones, or a folder as Hugging Face's hub has them; or what such a file
-            holds: a state dict, also inside {"state_dict": ...} or {"model": ...}, also with the prefixes of
-            ``DataParallel`` or ``torch.compile``. Of weights beside their moving average ("state_dict_ema",
-            "model_ema") the average is taken.
+            holds: a state dict, also inside {"state_dict": ...}, {"model_state_dict": ...} or {"model": ...},
+            also with a prefix of all names ("module.", "_orig_mod.", "model.", "backbone."). Of weights
+            beside their moving average ("state_dict_ema", "model_ema") the average is taken.
         strict: False lets names be missing or unexpected, and reports them, and lets the model have another
             activation, eps or order of its norms than the checkpoint's; shapes, dtypes and values must always
             be right.

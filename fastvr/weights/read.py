@@ -19,8 +19,9 @@ from fastvr.weights.errors import CheckpointError
 METADATA_KEY = "fastvr"
 """Under which ``save_model`` writes the configuration into a safetensors file."""
 _MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# of wrappers, and of the models that people put one of these into
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 _NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
 _MAX_JSON = 10_000_000  # bytes of a config.json or an index; real ones have some hundred thousand
 # what a folder is searched for, in this order
@@ -208,7 +209,7 @@ def _check_header(path: Path) -> dict[str, Any]:
 
 def unwrap(loaded: Any, source: str) -> dict[str, torch.Tensor]:
     """The state dict inside ``loaded``: out of wrappers ({"model": ...}; moving averages first, as timm has
-    it), without the prefixes of ``DataParallel`` and ``torch.compile``.
+    it), without the prefixes that all its names have (of ``DataParallel``, ``torch.compile``, Lightning).
 
     Raises:
         CheckpointError: there is none, or it holds something else than named tensors.
@@ -226,6 +227,9 @@ def unwrap(loaded: Any, source: str) -> dict[str, torch.Tensor]:
     if wrong := [f"{key!r} ({type(t).__name__})" for key, t in loaded.items() if not _named_tensor(key, t)]:
         raise CheckpointError(f"{source}: holds more than named tensors: {shorten(wrong)}")
     state = dict(loaded)
+    if len(state) > 1:
+        # beside the weights that torch.optim.swa_utils.AveragedModel holds
+        state.pop("n_averaged", None)
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key[len(prefix) :]: tensor for key, tensor in state.items()}
     return state

@@ -45,7 +45,30 @@ _SHAPES = {
     "pre_norm",
     "reg_tokens",
     "dynamic_img_size",
+    "weight_init",
+    "fix_init",
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
     "drop_path_rate",
+}
+# the same of a ResNet
+_RESNET_SHAPES = {
+    "layers",
+    "in_chans",
+    "num_classes",
+    "global_pool",
+    "cardinality",
+    "base_width",
+    "stem_width",
+    "stem_type",
+    "avg_down",
+    "zero_init_last",
+    "drop_rate",
+    "drop_path_rate",
+    "drop_block_rate",
 }
 
 
@@ -92,20 +115,24 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
     if architecture not in MODELS:
         raise CheckpointError(f"config.json: architecture {architecture!r} is none of list_models()")
     arguments = MODELS[architecture].arguments
-    if family == "ResNet":
-        return {}
     written = config.get("model_args") or {}
-    if unknown := sorted(set(written) - _SHAPES - _ARGUMENTS.keys()):
+    taken = _RESNET_SHAPES if family == "ResNet" else _SHAPES | _ARGUMENTS.keys()
+    if unknown := sorted(set(written) - taken):
         raise CheckpointError(
-            f"config.json: model_args that fastvr's ViT does not have: {', '.join(unknown)}"
+            f"config.json: model_args that fastvr's {family} does not have: {', '.join(unknown)}"
         )
+    pool = written.get("global_pool", config.get("global_pool"))
+    if family == "ResNet":
+        if pool not in (None, "", "avg"):
+            raise CheckpointError(f"config.json: global_pool must be 'avg' or ''; got {pool!r}")
+        return {} if pool is None else {"global_pool": pool}
     found = {
         "act": "gelu",
         "norm_eps": 1e-6,
         "norm_first": True,
         **{name: arguments[name] for name in (*_ARGUMENTS.values(), "norm_eps") if name in arguments},
     }
-    if isinstance(pool := config.get("global_pool"), str):
+    if isinstance(pool, str):
         found["global_pool"] = pool
     found |= {_ARGUMENTS[name]: value for name, value in written.items() if name in _ARGUMENTS}
     if arguments.get("act") == "swiglu":

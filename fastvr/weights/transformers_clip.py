@@ -1,4 +1,5 @@
-"""transformers' layout of CLIP's and SigLIP's vision towers, alone or with their text tower, which is left.
+"""transformers' layout of CLIP's and SigLIP's vision towers: alone, with a classifier, or with their
+text tower, which is left.
 
 Query, key and value are separate, and are joined; those of SigLIP's attention pooling are packed, and the
 query is taken apart.
@@ -87,8 +88,9 @@ def finish(state: dict[str, torch.Tensor], keys: Collection[str]) -> None:
     if "visual_projection.weight" in keys:
         state["head.bias"] = state["head.weight"].new_zeros(len(state["head.weight"]))
     if "classifier.weight" in keys:
-        # it reads the patches' mean
-        for name in [name for name in state if name.startswith("attn_pool.")]:
+        # it reads the patches' mean, CLIP's before the last norm
+        beside = ("attn_pool.", "norm.") if "norm_pre.weight" in state else ("attn_pool.",)
+        for name in [name for name in state if name.startswith(beside)]:
             del state[name]
     for kind in ("weight", "bias"):
         packed = state.pop(f"attn_pool.in_proj.{kind}", None)
@@ -114,7 +116,7 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
         probe = any(key.endswith("head.probe") for key in keys)
         found |= {"global_pool": "avg" if classifier else "map" if probe else "", "fc_norm": False}
     elif classifier:
-        raise CheckpointError("CLIP with a classifier reads patches that no LayerNorm follows: not supported")
+        found |= {"global_pool": "avg", "fc_norm": False, "final_norm": False}
     if config is None:
         return found
     if (model_type := config.get("model_type")) not in MODEL_TYPES:

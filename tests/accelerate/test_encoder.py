@@ -194,6 +194,28 @@ def test_keys_of_another_width_are_left(tokens) -> None:
     assert report.left[0].what == "its keys or values have another width than its queries"
 
 
+class _Mixes(nn.Module):
+    """In place of a layer's attention, with the arguments that the layer gives, and no defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(64, 64)
+
+    def forward(self, query, key, value, *, attn_mask, key_padding_mask, need_weights, is_causal) -> Any:
+        assert (attn_mask, key_padding_mask, need_weights, is_causal) == (None, None, False, False)
+        return self.mix(query) + key - value, None
+
+
+def test_a_module_in_attentions_place_is_called_as_it_was(hold, tokens) -> None:
+    layer = nn.TransformerEncoderLayer(64, 2, 96, batch_first=True, norm_first=True)
+    layer.self_attn = _Mixes()
+    # in eval PyTorch's own layer asks it for what only its own attention has
+    layer.self_attn.batch_first = layer.self_attn._qkv_same_embed_dim = False
+    layer.self_attn.in_proj_bias = None
+    _, ran = hold(layer, tokens)
+    assert ran["layernorm_mlp", "reference"] == 1
+
+
 def test_decoder_layers_run_around_their_masks(hold, tokens) -> None:
     layer = nn.TransformerDecoderLayer(64, 2, 96, batch_first=True)
     report, ran = hold(layer, tokens, tokens.flip(0))

@@ -179,6 +179,23 @@ def test_what_it_does_not_take(tiny_vit, tiny_resnet, images) -> None:
         prepared(images().to(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["vit", "basic"])
+def test_a_backbone(kind, tiny, images, device) -> None:
+    model = fastvr.Backbone(tiny(kind).to(device), out_indices=(0, 1))
+    x = images(2).to(device)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        eager, exact = model(x), truth_model(model)(x.double())
+    prepared = fastvr.prepare(model, x)
+    for maps in (prepared(x), prepared(x)):
+        assert_parity(maps, eager, exact)
+        maps[0].zero_()
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"its Backbone changed after prepare.*call refresh\(\)"):
+        prepared(x)
+    prepared.refresh()
+    assert_parity(prepared(x), eager, exact)
+
+
 def test_prepared_batch_norm_without_affine(tiny_resnet, images) -> None:
     model = tiny_resnet()
     model.bn1 = nn.BatchNorm2d(8, affine=False)

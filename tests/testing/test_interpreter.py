@@ -415,3 +415,17 @@ def test_install_refuses_a_compiling_triton():
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert "RuntimeError: Triton's interpreter is off: set TRITON_INTERPRET=1" in result.stderr
+
+
+def test_a_launch_mends_the_interpreter_itself():
+    """Whoever forces kernels on a CPU need not know that it must be mended."""
+    code = (
+        "import torch, fastvr; from fastvr.ops.layer_norm import layer_norm\n"
+        "x, w = torch.randn(3, 48).bfloat16(), torch.randn(48).bfloat16()\n"
+        "with fastvr.use_backend('triton'): y = layer_norm(x, w, None, 1e-6)\n"
+        "exact = torch.nn.functional.layer_norm(x.double(), (48,), w.double(), None, 1e-6)\n"
+        "fastvr.testing.assert_parity(y, exact.bfloat16(), exact)"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -69,6 +69,13 @@ def transformers_model(kind: str) -> nn.Module:
         config = transformers.CLIPVisionConfig(intermediate_size=64, projection_dim=CLASSES, **common)
         projected = "WithProjection" if kind == "clip-projection" else ""
         return getattr(transformers, f"CLIPVisionModel{projected}")(config)
+    if kind == "clip-classifier":
+        towers = transformers.CLIPConfig(
+            vision_config={"intermediate_size": 64, **common},
+            text_config={"vocab_size": 9, "num_hidden_layers": 1, **dict.fromkeys(_TEXT, 32)},
+            num_labels=CLASSES,
+        )
+        return transformers.CLIPForImageClassification(towers)
     if kind == "siglip":
         return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(intermediate_size=64, **common))
     if kind == "siglip-classifier":

@@ -40,6 +40,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "transformers-siglip-classifier": {},
     "transformers-clip": {},
     "transformers-clip-projection": {},
+    "transformers-clip-classifier": {},
     "transformers-resnet": {},
     "transformers-resnet-basic": {},
 }
@@ -82,6 +83,7 @@ EXPORTS: dict[str, dict[str, dict[str, Any]]] = {
         "transformers-deit-teacher": {"norm_eps": 1e-6},
         "transformers-dinov2-registers": {},
         "transformers-clip-projection": {},
+        "transformers-clip-classifier": {},
         "transformers-siglip": {},
     },
     "torchvision": {"torchvision-vit": {}, "timm-resnet": {}, "transformers-vit": {"norm_eps": 1e-6}},
@@ -253,7 +255,7 @@ def test_timms_configuration_decides(tmp_path) -> None:
         "architecture": "vit_so400m_patch16_siglip_gap_256",
         "num_classes": 5,
         "global_pool": "avg",
-        "model_args": {"num_heads": 2, "img_size": 32},
+        "model_args": {"num_heads": 2, "img_size": 32, "proj_drop_rate": 0.1},
         "pretrained_cfg": {
             "input_size": [3, 32, 32],
             "mean": [0.5, 0.5, 0.5],
@@ -283,6 +285,26 @@ def test_timms_configuration_decides(tmp_path) -> None:
             fastvr.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(fastvr.CheckpointError, match=r"config\.json: is no JSON"):
+        fastvr.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"act_layer": "silu"}}, "fastvr's ResNet does not have: act_layer"),
+        ({"model_args": {"output_stride": 16}}, "fastvr's ResNet does not have: output_stride"),
+        ({"global_pool": "avgmax"}, "global_pool must be 'avg' or ''; got 'avgmax'"),
+        ({"model_args": {"global_pool": "max"}}, "global_pool must be 'avg' or ''; got 'max'"),
+    ],
+    ids=str,
+)
+def test_a_resnets_configuration_is_not_ignored(change, message, make_peer, tmp_path) -> None:
+    save_file(make_peer("timm-resnet").state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "resnet18", "global_pool": "avg", "model_args": {"layers": [1, 1, 1, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same_function(fastvr.load_model(tmp_path), make_peer("timm-resnet"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(fastvr.CheckpointError, match=message):
         fastvr.load_model(tmp_path)
 
 
@@ -316,6 +338,47 @@ def test_another_image_size(variant, tmp_path) -> None:
     with torch.no_grad(), fastvr.use_backend("reference"):
         assert_parity(model(x), theirs(x), truth_model(theirs)(x.double()))
     assert model.img_size == (48, 24)
+
+
+@pytest.mark.parametrize("no_embed_class", [False, True])
+def test_oblong_images_of_weights_alone(no_embed_class) -> None:
+    """3 x 5 patches and a class token make 16 positions, which are not those of 4 x 4 patches."""
+    sizes = {**TIMM, "img_size": (24, 40), "no_embed_class": no_embed_class}
+    theirs = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
+    nn.init.normal_(theirs.pos_embed)
+    model = fastvr.load_model(theirs.state_dict(), num_heads=2, img_size=(24, 40))
+    assert model.no_embed_class == no_embed_class
+    x = torch.randn(2, 3, 24, 40)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        assert_parity(model(x), theirs(x), truth_model(theirs)(x.double()))
+    if no_embed_class:
+        with pytest.raises(fastvr.CheckpointError, match="if its images are oblong, give their img_size="):
+            fastvr.load_model(theirs.state_dict(), num_heads=2)
+
+
+def test_square_images_in_oblong_patches_of_weights_alone() -> None:
+    """8 of them and a class token, which are not 3 x 3 patches either."""
+    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16)}).state_dict()
+    model = fastvr.load_model(state, num_heads=2)
+    assert (model.img_size, model.no_embed_class) == ((32, 32), False)
+    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16), "img_size": (32, 64)}).state_dict()
+    assert fastvr.load_model(state, num_heads=2).img_size == (32, 64)
+
+
+def test_three_stages_are_no_resnet(make_peer) -> None:
+    state = {k: t for k, t in make_peer("timm-resnet").state_dict().items() if not k.startswith("layer4.")}
+    with pytest.raises(fastvr.CheckpointError, match=r"has stages of \(1, 1, 1, 0\) blocks"):
+        fastvr.load_model(state)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_giantopt_patch16_siglip_256", "vit_giant_patch16_radio_v3", "vit_giant_patch14_dinov2"]
+)
+def test_heads_of_one_width(name) -> None:
+    """Of 1536 features one giant has 16 heads and two have 24."""
+    model = fastvr.create_model(name, depth=1, img_size=32, mlp_ratio=1 / 16)
+    again = fastvr.load_model(model.state_dict(), final_norm="radio" not in name)
+    assert again.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
 def test_what_a_checkpoint_does_not_say(make_peer, tmp_path, caplog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import fastvr
 from fastvr.cli import app
+from fastvr.verify import verify
 
 runner = CliRunner()
 
@@ -80,6 +82,21 @@ def test_verify_takes_files_without_a_configuration(kind, make_peer, tmp_path) -
     made = runner.invoke(app, ["verify", str(path), "--batch", "2", *heads])
     assert made.exit_code == 0, made.output
     assert f"layout of {kind.partition('-')[0]}" in made.output
+
+
+@pytest.mark.parametrize("kind", ["deit-teacher", "clip-projection", "clip-classifier", "siglip", "resnet"])
+def test_verify_needs_no_architectures(kind, make_peer, tmp_path) -> None:
+    make_peer(f"transformers-{kind}").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert verify(tmp_path, batch=1).ours.passed
+
+
+def test_verify_a_siglip_without_its_pooling(make_peer, tmp_path) -> None:
+    peer = make_peer("transformers-siglip")
+    peer.config.vision_use_head = False
+    type(peer)(peer.config).save_pretrained(tmp_path)
+    assert verify(tmp_path, batch=1).ours.passed
 
 
 def test_verify_fails_where_the_numbers_differ(make_peer, tmp_path, monkeypatch) -> None:
