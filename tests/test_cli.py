@@ -17,8 +17,9 @@ from typer.testing import CliRunner, Result
 
 import fastvr
 from fastvr import __main__ as command
-from fastvr import backend, cli, doctor, tuner, tuning
-from fastvr.cli import app
+from fastvr import backend, doctor, tuner, tuning
+from fastvr.cli import app, common
+from fastvr.cli import doctor as doctor_command
 from fastvr.compare import run
 from fastvr.ops._op import OPS
 
@@ -322,9 +323,9 @@ def test_doctor_names_the_tables_in_use(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert [table["exact"] for table in found["tables"]] == [True, False]
     report["tuning"] = found
     assert not [line for line in doctor._advice(report, torch.device("cuda")) if "fastvr tune" in line]
-    monkeypatch.setattr(cli, "_PIPED_WIDTH", 250)
-    console = cli._console()
+    monkeypatch.setattr(common, "PIPED_WIDTH", 250)
+    console = common.make_console()
     with console.capture() as shown:
-        cli._show_doctor(report, console)
+        doctor_command.show(report, console)
     assert "same architecture: NVIDIA H200" in shown.get()
     tuning.reload()

@@ -1,0 +1,35 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+PIPED_WIDTH = 100
+
+
+def make_console() -> Console:
+    # where stdout is no terminal, Rich would take 80 columns and wrap tables that nobody needs wrapped
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPED_WIDTH if piped else None, highlight=False)
+
+
+def fail(message: str) -> NoReturn:
+    typer.echo(f"fastvr: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def parse_batches(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        sizes = (0,)
+    if sizes[0] < 1:
+        fail(f"--batch must be batch sizes such as 1,8,64; got {text!r}")
+    return sizes
