@@ -32,12 +32,13 @@ class Moves:
             statistics: of each, the batch's mean and biased variance, [C].
             pixels: of each, how many they were taken of.
         """
-        if any(bn in self._norms for bn in norms):
-            # a module that is used twice moves twice, one after the other
-            self.apply()
-        self._norms += norms
-        self._statistics += statistics
-        self._pixels += pixels
+        for bn, moments, count in zip(norms, statistics, pixels, strict=True):
+            if bn in self._norms:
+                # a module that is used twice moves twice, one after the other
+                self.apply()
+            self._norms.append(bn)
+            self._statistics.append(moments)
+            self._pixels.append(count)
 
     @torch.no_grad()
     def apply(self) -> None:

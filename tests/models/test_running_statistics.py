@@ -84,6 +84,21 @@ def test_a_block_that_is_used_twice_moves_twice(stage, device) -> None:
     assert max(counts(twice)) == 2
 
 
+def test_a_norm_that_a_block_holds_twice_moves_twice(stage, device) -> None:
+    shared = nn.Sequential(stage[0])
+    shared[0].bn2 = shared[0].bn1
+    eager, truth = copy.deepcopy(shared), truth_model(shared)
+    x = channels_last(device)
+    with fastvr.use_backend("triton"), backend.observe() as ran:
+        run_stage(shared, x)
+    assert ran["residual_block", "triton"] == 1
+    for model in (eager, truth):
+        with fastvr.use_backend("reference"):
+            model(x.to(next(model.parameters()).dtype))
+    assert_parity(moving(shared), moving(eager), moving(truth), sample_dim=None)
+    assert set(counts(shared)) == set(counts(eager)) == {2}
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_narrow_buffers_and_cumulative_averages(momentum, stage, device) -> None:
     """Buffers of 16 bits are moved in float32, as a model in bfloat16 has them."""
