@@ -39,7 +39,7 @@ def train(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Weights to begin with: timm's, torchvision's, a run's model.safetensors."
+            metavar="FILE", help="Weights to begin with, or their folder: timm's, torchvision's, a run's."
         ),
     ] = None,
     new_head: Annotated[
@@ -111,7 +111,7 @@ def train(
 
     A run that was killed goes on with --resume, to the same losses. In several processes:
     torchrun --nproc-per-node N -m fastvr train. Exit status 1 where the loss is
-    NaN or another process is gone, 2 after a mistake, 130 after Ctrl-C.
+    NaN, the disk full or another process gone, 2 after a mistake, 130 after Ctrl-C.
     """
     arguments = {
         "model": model,
@@ -149,6 +149,10 @@ def train(
     except (UsageError, BackendError) as error:
         fail(str(error))
     except (FloatingPointError, LostProcess) as error:
+        typer.echo(f"fastvr: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        # a full disk, most often: the last checkpoint stands
         typer.echo(f"fastvr: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.weights import preprocessing
 from fastvr.weights.errors import CheckpointError
-from fastvr.weights.layouts import Recognised, recognise
+from fastvr.weights.layouts import recognise
 from fastvr.weights.load import fill, unknown_layout
 from fastvr.weights.read import read_checkpoint
 
@@ -140,7 +140,8 @@ def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: in
         found = recognise(checkpoint.state, checkpoint.config, checkpoint.source)
         if found is None:
             raise CheckpointError(unknown_layout(checkpoint, family.title))
-        model = family.build(_classes(found))
+        # a fine-tuned one needs no option of its own
+        model = family.build(found.classes or _CLASSES)
         fill(model, found, checkpoint.source)
         how = preprocessing.read(checkpoint.config, checkpoint.preprocessor, checkpoint.source)
     except (ValueError, OSError) as error:
@@ -148,12 +149,6 @@ def build(family: Family, weights: Path | None, photographs: Tensor, *, seed: in
     if how is not None and how.size == family.preprocessing.size:
         model.preprocessing = how
     return model.eval()
-
-
-def _classes(found: Recognised) -> int:
-    """How many classes the checkpoint tells apart, so that a fine-tuned one needs no option of its own."""
-    heads = [found.state[name] for name in ("head.weight", "fc.weight") if name in found.state]
-    return len(heads[0]) if heads and heads[0].ndim else _CLASSES
 
 
 def eager(family: Family, model: ViT | ResNet) -> tuple[nn.Module, str]:

@@ -19,9 +19,9 @@ from fastvr.train.data import Data
 from fastvr.train.distributed import World
 from fastvr.train.optimize import make_optimizer
 from fastvr.train.settings import Arguments
-from fastvr.weights.read import read_file, unwrap
+from fastvr.weights.layouts import recognise
+from fastvr.weights.read import read_checkpoint
 
-_HEADS = ("head.weight", "heads.head.weight", "fc.weight")
 _INIT, _RUN = 100, 101  # what a draw is for: part of its key
 
 
@@ -83,9 +83,9 @@ def _create(a: Arguments, data: Data, num_classes: int) -> Model:
 def _with_weights(model: Model, a: Arguments, data: Data) -> Model:
     try:
         if a.new_head:
-            state = unwrap(read_file(a.checkpoint), a.checkpoint)
-            classes = next((len(state[name]) for name in _HEADS if name in state), len(data.classes))
-            model = _create(a, data, classes)
+            given = read_checkpoint(a.checkpoint)
+            found = recognise(given.state, given.config, given.source)
+            model = _create(a, data, 0 if found is None else found.classes)
         fastvr.load_checkpoint(model, a.checkpoint)
         if a.new_head:
             model.reset_classifier(len(data.classes))  # type: ignore[operator]

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,17 @@ def save(out: Path, step: int, parts: Parts, rest: Mapping[str, Any], world: Wor
         _save_sharded(out, step, parts, content, world)
     elif world.first:
         with replacing(out / _FILE) as file:
-            torch.save(content | _whole(parts), file)
+            _write(content | _whole(parts), file)
+
+
+def _write(content: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # of a full disk PyTorch says at which byte it stood
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def restore(out: Path, found: Mapping[str, Any], parts: Parts) -> None:
@@ -150,7 +160,7 @@ def _save_sharded(out: Path, step: int, parts: Parts, content: dict[str, Any], w
         state_dict_saver.save(_shards(parts, stepped), checkpoint_id=ready)
     if world.first:
         with replacing(ready / _REST) as file:
-            torch.save(content | {"stepped": stepped}, file)
+            _write(content | {"stepped": stepped}, file)
         if target.exists():  # the same step, written again after a resume
             shutil.rmtree(target)
         os.rename(ready, target)

@@ -77,8 +77,11 @@ def _digits(arguments: Arguments) -> Data:
         raise UsageError(
             "the digits come with scikit-learn: pip install 'fastvr[train]', or give --data FOLDER"
         ) from None
-    if not len(parts.test_y):
-        raise UsageError(f"--val-share {arguments.val_share} leaves no digits to validate on")
+    except ValueError:
+        share = arguments.val_share
+        raise UsageError(
+            f"--val-share {share} leaves no digits to {'learn from' if share > 0.5 else 'validate on'}"
+        ) from None
     size = arguments.image_size
     return Data(
         _Digits(parts.train_x, parts.train_y, size),
@@ -189,7 +192,8 @@ def _split(files: list[tuple[str, int]], share: float, seed: int) -> tuple[list[
 
 
 def _fingerprint(names: Any) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    # a file's name may be bytes that are no text
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------- batches

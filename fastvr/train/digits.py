@@ -40,6 +40,7 @@ def load(*, test_share: float = 0.25, seed: int = 0) -> Digits:
 
     Raises:
         ImportError: scikit-learn is not installed.
+        ValueError: one of the parts would be empty.
     """
     from sklearn.datasets import load_digits
 
@@ -54,6 +55,8 @@ def load(*, test_share: float = 0.25, seed: int = 0) -> Digits:
         test.append(rows[:held_out])
         train.append(rows[held_out:])
     train_rows, test_rows = torch.cat(train), torch.cat(test)
+    if not len(train_rows) or not len(test_rows):
+        raise ValueError(f"digits: test_share must leave some for both parts; got {test_share}")
     mean, std = float(x[train_rows].mean()), float(x[train_rows].std())
     x = (x - mean) / std
     return Digits(x[train_rows], y[train_rows], x[test_rows], y[test_rows], mean, std)

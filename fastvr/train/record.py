@@ -69,7 +69,7 @@ def _read(path: Path, step: int) -> list[Row]:
     with path.open(newline="") as file:
         cells = list(csv.reader(file))[1:]
     # a killed process may have left rows behind the checkpoint, the last one torn
-    return [_row(row) for row in cells[:step]]
+    return [_row(row) for row in cells if len(row) == len(Row._fields) and int(row[0]) <= step]
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> str | None:

@@ -353,7 +353,7 @@ class _Run:
             result.save(self._settings.out, state, a, self._data, last.val_accuracy if last else None)
 
     def _draw(self) -> None:
-        if self._losses is not None:
+        if self._losses is not None and self._losses.rows:
             a = self._arguments
             why_not = draw(self._losses.rows, self._settings.out / CURVE, f"{a.model} on {a.data}")
             if why_not is not None:

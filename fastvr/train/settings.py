@@ -151,7 +151,8 @@ def _check(a: Arguments) -> None:
         "label_smoothing": share,
         "ema": share,
         "val_share": (lambda v: 0 < v < 1, "between 0 and 1"),
-        "seed": at_least_0,
+        # what PyTorch's generators take
+        "seed": (lambda v: 0 <= v < 2**64, "from 0 to below 2**64"),
     }
     for name, (holds, what) in rules.items():
         value = getattr(a, name)

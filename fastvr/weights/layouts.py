@@ -44,6 +44,12 @@ class Recognised(NamedTuple):
     def title(self) -> str:
         return _TITLES.get(self.layout, f"{self.layout}'s")
 
+    @property
+    def classes(self) -> int:
+        """How many its head tells apart; 0 where it has none."""
+        heads = [self.state[name] for name in ("head.weight", "fc.weight") if name in self.state]
+        return len(heads[0]) if heads and heads[0].ndim else 0
+
 
 def layout_names() -> str:
     return "timm's, torchvision's, transformers' and that of a plain nn.TransformerEncoder"

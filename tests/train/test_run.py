@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +158,9 @@ def test_a_damaged_checkpoint(done: Path, tmp_path: Path) -> None:
         (["--fsdp"], "--fsdp spreads weights over processes, and there is one"),
         (["--save-every", "-1"], "--save-every must be 0 or more steps; got -1"),
         (["--workers", "-1"], "--workers must be 0 or more; got -1"),
+        (["--seed", str(2**64)], "--seed must be from 0 to below 2**64; got 18446744073709551616"),
+        (["--val-share", "0.999"], "--val-share 0.999 leaves no digits to learn from"),
+        (["--val-share", "0.001"], "--val-share 0.001 leaves no digits to validate on"),
         (["--timeout", "0"], "--timeout must be more than 0 seconds; got 0.0"),
         (["--checkpoint", "none.safetensors"], "--checkpoint: none.safetensors: no such checkpoint"),
         (["--model", "resnet_mini", "--batch-size", "1"], "leaves BatchNorm a last map of 1x1"),
@@ -190,6 +196,43 @@ def test_another_number_of_classes_takes_a_new_head(done: Path, folder: Path, tm
     assert built["head.weight"].shape == (10, 96)
     for name, tensor in other.state_dict().items():
         assert name.startswith("head.") or torch.equal(built[name], tensor), name
+
+
+def test_a_new_head_on_what_has_none_or_other_names_or_lies_in_a_folder(tmp_path: Path) -> None:
+    headless = models.create("vit_mini", 0, 1, 8)
+    fastvr.save_model(headless, tmp_path / "headless", "transformers")
+    fastvr.save_model(models.create("vit_mini", 7, 1, 8), tmp_path / "seven", "torchvision")
+    for name in ("headless", "seven"):
+        given = {"checkpoint": str(tmp_path / name), "new_head": True}
+        model = run._Run(Settings(tmp_path / "out", given), run.World(0, 1, CPU), None)._parts.model
+        assert model.state_dict()["head.weight"].shape == (10, 96)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's writer would name the byte at which it stood."""
+
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    content = {"x": torch.zeros(9)}
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **named: checkpoint._write(content, Full()))
+    result = train(*SHORT, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "fastvr: [Errno 28] No space left on device"
+
+
+def test_losses_that_are_not_from_the_first_step_on(tmp_path: Path) -> None:
+    """Somebody moved the table away: what was not yet saved is still cut, once."""
+    path = tmp_path / "losses.csv"
+    losses = record.Losses(path, 4)
+    losses.add([record.Row(step, 1, 0.1, 1.0) for step in range(5, 10)])
+    with path.open("a") as file:
+        file.write("10,1,0.")
+    assert [row.step for row in record.Losses(path, 7).rows] == [5, 6, 7]
 
 
 def test_a_nan_stops_the_run_and_keeps_the_checkpoint(
@@ -250,6 +293,18 @@ def test_folders_without_classes(tmp_path: Path, folder: Path) -> None:
     assert "has train/, but no val/" in mistake("--data", split, "--out", tmp_path / "out")
     (split / "val").symlink_to(tmp_path)
     assert "only one has class1" in mistake("--data", split, "--out", tmp_path / "out")
+
+
+def test_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
+    images = os.fsencode(tmp_path / "images")
+    os.mkdir(images)
+    for name, source in ((b"\xff\xfe", "class0"), ("größe 猫".encode(), "class1")):
+        os.symlink(folder / source, os.path.join(images, name))
+    result = train("--data", os.fsdecode(images), "--out", tmp_path / "out", "--image-size", 8, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert card["classes"] == ["größe 猫", os.fsdecode(b"\xff\xfe")]
+    assert train("--out", tmp_path / "out", "--resume").exit_code == 0
 
 
 def test_an_unreadable_image_is_named(folder: Path, tmp_path: Path) -> None:
