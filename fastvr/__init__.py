@@ -9,6 +9,7 @@ from fastvr.models.features import Backbone
 from fastvr.models.registry import list_models
 from fastvr.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from fastvr.models.vit import ViT, vit_base, vit_huge, vit_large, vit_small, vit_tiny
+from fastvr.models.vit_distilled import DistilledViT
 from fastvr.ops._decompose import decompositions
 from fastvr.prepare import PreparedModel, prepare
 from fastvr.weights.build import load_model
@@ -21,6 +22,7 @@ __all__ = [
     "Backbone",
     "BackendError",
     "CheckpointError",
+    "DistilledViT",
     "PreparedModel",
     "ResNet",
     "ResNet18",

@@ -101,8 +101,11 @@ def verify(
         library, peer = _peer(checkpoint, found, model)
     except ImportError as error:
         raise CheckpointError(f"{checkpoint.source}: comparing needs its own library: {error}") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.source}: its own library cannot load it: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # each has errors of its own for a configuration that it does not know
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{checkpoint.source}: its own library cannot load it: {reason}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = model.img_size if isinstance(model, ViT) else (224, 224)
     x = torch.randn(batch, model.in_chans, *size, generator=torch.Generator().manual_seed(seed))

@@ -53,6 +53,7 @@ def test_without_typer_one_line_says_what_to_install(
         (["--device", "tpu"], "--device tpu: must be"),
         (["--train-seconds", "-1"], "--train-seconds must be"),
         (["--train-seconds", "nan"], "--train-seconds must be"),
+        (["--seed", "-1"], "--seed must be from 0 to below 2**64; got -1"),
         (["--images", "no/such/directory"], "no such directory"),
         (["--json", "no/such/directory/out.json"], "does not exist"),
         (["--weights", "no-such-file.safetensors"], "no-such-file.safetensors"),

@@ -23,6 +23,12 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def check_seed(seed: int) -> None:
+    # what PyTorch's generators and NumPy's take
+    if not 0 <= seed < 2**64:
+        fail(f"--seed must be from 0 to below 2**64; got {seed}")
+
+
 def parse_batches(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None

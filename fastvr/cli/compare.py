@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvr.cli.common import fail, make_console, parse_batches
+from fastvr.cli.common import check_seed, fail, make_console, parse_batches
 
 
 def compare(
@@ -44,6 +44,7 @@ def compare(
         fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if not train_seconds >= 0 or train_seconds == float("inf"):
         fail(f"--train-seconds must be 0 or more; got {train_seconds}")
+    check_seed(seed)
     if quick and train_seconds == 60.0:
         train_seconds = 12.0
     settings = Settings(

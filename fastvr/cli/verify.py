@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastvr.cli.common import fail, make_console
+from fastvr.cli.common import check_seed, fail, make_console
 
 
 def verify(
@@ -30,9 +30,10 @@ def verify(
         fail(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if batch < 1:
         fail(f"--batch must be at least 1; got {batch}")
+    check_seed(seed)
     try:
         found = module.verify(checkpoint, dtype=DTYPES[dtype], batch=batch, seed=seed, num_heads=num_heads)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         fail(str(error))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in (f"{dtype}, {batch} images", "max error", "RMS error"):

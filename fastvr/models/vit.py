@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ class ViT(ViTFeatures):
         for name, (value, minimum) in (least | {"reg_tokens": (reg_tokens, 0)}).items():
             if value < minimum:
                 raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
+        if not 0 < norm_eps < math.inf:
+            raise ValueError(f"ViT: norm_eps must be a positive number; got {norm_eps}")
         _check_pool(global_pool, class_token)
         if act != "swiglu" and act not in ACTIVATIONS:
             names = ", ".join(map(repr, (*ACTIVATIONS, "swiglu")))

@@ -56,6 +56,8 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
     folder = path.suffix not in _SUFFIXES
     if layout == "transformers" and not folder:
         raise ValueError(f"save_model: path must be a folder for transformers' layout; got {path}")
+    if not folder and not path.parent.is_dir():
+        raise ValueError(f"save_model: path must lie in a folder that exists; got {path}")
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if any(t.is_meta for t in model.state_dict().values()):
         raise ValueError("save_model: model must hold memory (model.to_empty); got tensors on meta")

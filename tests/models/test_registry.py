@@ -14,7 +14,6 @@ from torch import nn
 import fastvr
 from fastvr.models.positions import resample
 from fastvr.models.registry import MODELS, repository
-from fastvr.models.vit_distilled import DistilledViT
 from fastvr.testing import assert_parity, truth_model
 from fastvr.weights.describe import activation
 
@@ -140,7 +139,7 @@ def test_a_distilled_model_gives_both_logits_in_training() -> None:
     theirs = timm.create_model(name, **arguments)
     ours = fastvr.create_model(name, **arguments)
     ours.load_state_dict(theirs.state_dict())
-    assert isinstance(ours, DistilledViT)
+    assert isinstance(ours, fastvr.DistilledViT)
     x, truth = torch.randn(2, 3, 32, 32), truth_model(theirs)
     for model in (ours, theirs, truth):
         model.train().set_distilled_training()

@@ -48,9 +48,15 @@ def test_convert_and_back(checkpoint, tmp_path) -> None:
         (["convert", "missing.pt", "out", "--to", "timm"], "missing.pt: no such checkpoint"),
         (["convert", "WEIGHTS", "out", "--to", "timm"], "how many heads"),
         (["convert", "WEIGHTS", "out", "--to", "onnx", "--num-heads", "2"], "layout must be one of"),
+        (["convert", "WEIGHTS", "out/x.pt", "--to", "timm", "--num-heads", "2"], "path must lie in a folder"),
+        (
+            ["convert", "WEIGHTS", "out", "--to", "timm", "--num-heads", "2", "--norm-eps", "nan"],
+            "norm_eps must be",
+        ),
         (["verify", "missing.pt"], "missing.pt: no such checkpoint"),
         (["verify", "WEIGHTS", "--dtype", "int8"], "--dtype must be one of"),
         (["verify", "WEIGHTS", "--batch", "0"], "--batch must be at least 1"),
+        (["verify", "WEIGHTS", "--seed", str(2**64)], "--seed must be from 0 to below 2**64"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, checkpoint, monkeypatch) -> None:
@@ -59,6 +65,16 @@ def test_bad_arguments_are_named(arguments, message, checkpoint, monkeypatch) ->
     assert made.exit_code == 2
     assert message in made.output
     assert not (checkpoint.parent / "out").exists()
+
+
+def test_a_configuration_that_its_own_library_refuses_is_one_line(make_peer, tmp_path) -> None:
+    save_file(make_peer("transformers-vit").state_dict(), tmp_path / "model.safetensors")
+    config = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": "wide"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = runner.invoke(app, ["verify", str(tmp_path), "--num-heads", "2"])
+    assert made.exit_code == 2
+    (line,) = made.stderr.strip().splitlines()
+    assert "its own library cannot load it: " in line
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
