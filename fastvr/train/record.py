@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +112,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> str | None:
         )
         right.set(ylabel="accuracy, %", ylim=(0, 100))
     axes.legend(handles=handles, loc="center right")
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        # a folder's name may have letters that matplotlib's font lacks: boxes
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.savefig(file, format="png", dpi=120)
     return None

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ def test_the_curve_is_an_image(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [record.Row(step, 1, 0.1, 1 / step) for step in range(1, 80)]
     rows.append(record.Row(80, 1, 0.1, 0.01, 0.5, 0.9))
-    assert record.draw(rows, tmp_path / "curve.png", "title") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # letters that no font of matplotlib's has
+        assert record.draw(rows, tmp_path / "curve.png", "猫") is None
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (960, 540)
 
