@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import random
 import statistics
 import sys
 import time
@@ -44,6 +45,8 @@ EAGER, ONNX, OPENVINO = "eager", "ONNX Runtime", "OpenVINO"
 GOALS = {PLAIN: {EAGER: 1.0}, PREPARED: {EAGER: 1.0, ONNX: 1.0, OPENVINO: 1.1}}
 # two calls that do the same thing differ by this much in a median of interleaved runs
 NOISE = 0.02
+# seconds; the runtimes' threads were seen to spin for less after a call
+_REST = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +136,14 @@ def measure(found: list[Column], *, rounds: int, seconds: float) -> list[dict[st
     for column in found:
         column.call()
     taken: list[dict[str, float]] = []
+    order = random.Random(0)
     end = time.perf_counter() + seconds
     while len(taken) < rounds or time.perf_counter() < end:
         times = {}
-        # turned round every time, so that nobody always comes after the same neighbour
-        shift = len(taken) % len(found)
-        for column in found[shift:] + found[:shift]:
+        # in another order every time, and not before the threads of the one before have stopped waiting for
+        # more work: nobody pays for its neighbour
+        for column in order.sample(found, len(found)):
+            time.sleep(_REST)
             start = time.perf_counter()
             column.call()
             times[column.name] = time.perf_counter() - start
