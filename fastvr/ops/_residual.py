@@ -125,6 +125,16 @@ def signs_size(y_shape: Sequence[int]) -> tuple[int, int] | None:
     return (n * h * w, c // 8) if c % 8 == 0 else None
 
 
+def signs_of(y: torch.Tensor) -> torch.Tensor:
+    """A bit for each value of y [N, C, H, W], whether it is above 0 or NaN, uint8 [N * H * W, C / 8]; empty
+    where they would not fill bytes."""
+    if (size := signs_size(y.shape)) is None:
+        return y.new_empty(0, dtype=torch.uint8)
+    bits = (y > 0) | y.isnan()
+    eights = bits.permute(0, 2, 3, 1).reshape(*size, 8).to(torch.uint8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(-1, dtype=torch.uint8)
+
+
 def _alone(x: torch.Tensor, layer: Layer) -> Convolution:
     """The arguments of the convolution's op."""
     stride, padding = [layer.stride] * 2, [layer.padding] * 2

@@ -29,6 +29,7 @@ from fastvr.ops._residual import (
     made,
     products,
     shortcut_arguments,
+    signs_of,
     signs_size,
     split,
 )
@@ -203,11 +204,7 @@ def _kernel(a: Arguments) -> Results:
 def _reference(*args: Any) -> Results:
     block = as_block(Arguments(*args))
     y, statistics, maps = reference(args[0], *block)
-    signs = y.new_empty(0, dtype=torch.uint8)
-    if (size := signs_size(y.shape)) is not None:
-        bits = (y.detach() > 0) | y.detach().isnan()
-        eights = bits.permute(0, 2, 3, 1).reshape(*size, 8).to(torch.uint8)
-        signs = (eights << torch.arange(8, dtype=torch.uint8, device=y.device)).sum(-1, dtype=torch.uint8)
+    signs = signs_of(y.detach())
     return y, statistics, *kept(block, [m.detach() for m in maps]), signs
 
 

@@ -42,6 +42,19 @@ def window_taps(
     return (places // width - rows) * kernel_size[1] + places % width - columns
 
 
+def window_places(
+    taps: torch.Tensor,
+    width: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> torch.Tensor:
+    """:func:`window_taps` turned round: where in a map of ``width`` the taps are, int64."""
+    rows, columns = _corners(taps, stride, padding)
+    taken = taps.long()
+    return (rows + taken // kernel_size[1]) * width + columns + taken % kernel_size[1]
+
+
 def max_pool_backward(
     grad: torch.Tensor,
     taps: torch.Tensor,
@@ -50,9 +63,7 @@ def max_pool_backward(
     padding: Sequence[int],
     size: Sequence[int],
 ) -> torch.Tensor:
-    rows, columns = _corners(taps, stride, padding)
-    taken = taps.long()
-    places = (rows + taken // kernel_size[1]) * size[1] + columns + taken % kernel_size[1]
+    places = window_places(taps, size[1], kernel_size, stride, padding)
     wide = torch.promote_types(grad.dtype, torch.float32)
     dx = torch.zeros((*grad.shape[:2], size[0] * size[1]), dtype=wide, device=grad.device)
     dx = dx.scatter_add(2, places.flatten(2), grad.to(wide).flatten(2)).to(grad.dtype)

@@ -16,6 +16,18 @@ from fastvr import backend, tuning
 from fastvr.ops._op import OPS, Cost
 from fastvr.reference.linear_stats import row_stats
 
+# what a gradient reads of results: the op that leaves them, and what they are called
+_LEFT = {
+    "attention_backward": ("attention_training", ("y", "lse")),
+    "attention_kv_backward": ("attention_kv_training", ("y", "lse")),
+    "max_pool_backward": ("max_pool_training", ("", "taps")),
+    "batch_norm_act_max_pool_backward": ("batch_norm_act_max_pool", ("", "mean", "var", "taps")),
+    "residual_block_backward": (
+        "residual_block",
+        ("y", "statistics", "map1", "map2", "map3", "map4", "signs"),
+    ),
+}
+
 # FLOPs a GPU does while it moves one byte (16-bit matrix products on an H200: 788 TFLOP/s, 4.3 TB/s)
 _BALANCE = 180.0
 
@@ -222,13 +234,18 @@ def materialise(call: Call, device: torch.device, *, seed: int = 0) -> tuple[Any
         named["stats"].copy_(row_stats(named["x"]))
     if named.get("colsum") is not None:
         named["colsum"].copy_(named["weight"].float().sum(1))
-    if named.get("lse") is not None:
-        forward = OPS[call.op.replace("_backward", "_training")]
-        names = [argument.name for argument in forward.overload._schema.arguments]
-        y, lse = forward.reference(*(named[name] for name in names))
-        named["y"].copy_(y)
-        named["lse"].copy_(lse)
-    return tuple(named.values())
+    if (left := _LEFT.get(call.op)) is not None:
+        forward, results = OPS[left[0]], left[1]
+        if "taps" in named and "x" not in named:
+            # the map that they are of
+            size = (*named["grad"].shape[:2], *named["size"])
+            named["x"] = torch.randn(size, device=device, generator=generator)
+        parameters = [argument.name for argument in forward.overload._schema.arguments]
+        made_before = forward.reference(*(named[name] for name in parameters))
+        for name, result in zip(results, made_before, strict=True):
+            if named.get(name) is not None:
+                named[name].copy_(result)
+    return tuple(named[name] for name in names)
 
 
 def _random(name: str, like: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:

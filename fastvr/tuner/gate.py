@@ -12,13 +12,22 @@ from fastvr import backend
 from fastvr.ops._op import OPS
 from fastvr.testing import GELU_TAIL, assert_parity, guarded
 from fastvr.tuner.calls import Call
+from fastvr.tuner.decisions import as_numbers
 
 # Samples at either end: the first and last tiles, and in float64 little beside the measurement itself. Where
 # a sample is one row, several tiles' worth of them.
 _CHECKED, _CHECKED_ROWS = 4, 64
-# here a sample's result depends on all the others
-_WHOLE_BATCHES = ("batch_norm_act", "batch_norm_act_backward")
-_PER_SAMPLE = ("x", "x2", "q", "kv", "qkv", "residual", "stats")
+# here a result depends on all samples
+_WHOLE_BATCHES = (
+    *("batch_norm_act", "batch_norm_act_backward"),
+    *("batch_norm_act_max_pool", "batch_norm_act_max_pool_backward"),
+    *("residual_block", "residual_block_backward", "conv_bn_relu_backward"),
+    *("linear_weight_backward", "layer_norm_backward"),
+)
+_PER_SAMPLE = (
+    *("x", "x2", "q", "kv", "qkv", "residual", "stats", "sample_scale"),
+    *("grad", "y", "lse", "hidden", "taps"),
+)
 
 
 def absolute_floor(op: str, act: object) -> float:
@@ -35,11 +44,11 @@ class Gate:
 
     def __init__(self, call: Call, args: tuple[Any, ...]) -> None:
         self._name, self._op, self._args = str(call), OPS[call.op], args
-        names = [argument.name for argument in self._op.overload._schema.arguments]
-        named = dict(zip(names, args, strict=True))
+        self._names = [argument.name for argument in self._op.overload._schema.arguments]
+        named = dict(zip(self._names, args, strict=True))
         self._floor = absolute_floor(call.op, named.get("act"))
         with torch.no_grad(), backend.use_backend("reference"):
-            self._eager = self._op.reference(*args)
+            self._eager = self._numbers(args, self._op.reference(*args))
             self._ends = self._find_ends(named)
             try:
                 self._truth = self._true(named)
@@ -57,13 +66,20 @@ class Gate:
             AssertionError: a result breaks the parity rule or was left unwritten, or a kernel wrote past one.
         """
         with torch.no_grad(), guarded():
-            actual = self._op(*self._args)
+            actual = self._numbers(self._args, self._op(*self._args))
         # results began as NaN, so this sees what was left unwritten between the ends
         for got, eager in zip(tree_leaves(actual), tree_leaves(self._eager), strict=True):
             if got.shape == eager.shape and bool((got.isnan() & ~eager.isnan()).any()):
                 raise AssertionError(f"{self._name}: NaN where PyTorch has none")
         eager = self._few(self._eager)
-        assert_parity(self._few(actual), eager, self._truth, name=self._name, absolute_floor=self._floor)
+        assert_parity(
+            self._few(actual),
+            eager,
+            self._truth,
+            name=self._name,
+            sample_dim=None if self._op.name in _WHOLE_BATCHES else 0,
+            absolute_floor=self._floor,
+        )
 
     def _find_ends(self, named: dict[str, Any]) -> Tensor | None:
         """Which samples to hold to the truth; None for all of them: where they are few, or where a result has
@@ -88,6 +104,10 @@ class Gate:
         few: Tensor = t.unflatten(0, (len(self._args[0]), -1))[self._ends].flatten(0, 1)
         return few
 
+    def _numbers(self, args: tuple[Any, ...], results: Any) -> Any:
+        return as_numbers(self._op.name, dict(zip(self._names, args, strict=True)), results)
+
     def _true(self, named: dict[str, Any]) -> Any:
         few = [self._few(value) if name in _PER_SAMPLE else value for name, value in named.items()]
-        return self._op.reference(*_double(tuple(few)))
+        wide = _double(tuple(few))
+        return self._numbers(wide, self._op.reference(*wide))

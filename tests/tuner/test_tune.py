@@ -15,6 +15,9 @@ from torch import Tensor
 
 import fastvr
 from fastvr import backend, tuner, tuning
+from fastvr.models.resnet import ResNet
+from fastvr.models.vit import ViT
+from fastvr.nn.residual import Bottleneck
 from fastvr.ops._op import OPS, Cost, Op, nbytes
 from fastvr.ops.layer_norm import layer_norm
 from fastvr.ops.layernorm_mlp import layernorm_mlp
@@ -370,7 +373,8 @@ def test_real_tensors_are_as_the_models() -> None:
     x = base[:, 1:, :]
     weight = torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
     residual = torch.empty(8, 1, device="meta").expand(4, 8, 6)
-    call = calls.Call("linear", (x, weight, None, None, residual, "none", None), "k", (), Cost(0, 0))
+    args = (x, weight, None, None, residual, "none", None, 0.0, None)
+    call = calls.Call("linear", args, "k", (), Cost(0, 0))
     made = calls.materialise(call, CPU)
     for tensor, like in zip(made, call.args, strict=True):
         if isinstance(like, Tensor):
@@ -467,6 +471,51 @@ def test_a_gradients_inputs_belong_together() -> None:
         held = gate.Gate(call, calls.materialise(call, CPU))
         with backend.use_backend("triton"):
             held.check()
+
+
+def training_calls(family: str) -> list[calls.Call]:
+    """Those of a step of a small model on more samples than are held to the truth."""
+    if family == "vit":
+        made = ViT(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=7)
+    else:
+        made = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=7, width=8)
+    model = calls.meta_copy(made.train())
+
+    def step(x: Tensor) -> None:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in model.parameters()]
+            parameters = dict(zip([name for name, _ in model.named_parameters()], leaves, strict=True))
+            torch.func.functional_call(model, parameters, (x,)).sum().backward()
+
+    x = torch.zeros(6, 3, 16 if family == "vit" else 32, 16 if family == "vit" else 32)
+    found, unsupported = calls.collect(step, [x], "interpreter")
+    assert not unsupported
+    return found
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_every_call_of_a_training_step_passes_its_own_gate(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tuner makes up belongs together, and what it holds to the truth can be held to it."""
+    monkeypatch.setattr(gate, "_CHECKED", 2)
+    monkeypatch.setattr(gate, "_CHECKED_ROWS", 2)
+    found = training_calls(family)
+    ends = set()
+    for call in found:
+        held = gate.Gate(call, calls.materialise(call, CPU))
+        if held._ends is not None:
+            ends.add(call.op)
+        with backend.use_backend("triton"):
+            held.check()
+    wanted = {
+        "vit": {"attention_backward", "linear_act_backward", "layernorm_mlp_training"},
+        "resnet": {"avg_pool_linear_backward"},
+    }
+    assert wanted[family] <= ends
+    whole = {"residual_block", "residual_block_backward", "batch_norm_act_max_pool_backward"}
+    assert not ends & whole
+    assert family == "vit" or whole <= {call.op for call in found}
 
 
 def test_gelus_tail_is_granted_to_a_linears_output_alone() -> None:
