@@ -176,7 +176,7 @@ class ViT(ViTFeatures):
         """Logits of images.
 
         With ``global_pool="token"`` the last block computes for the class token alone, also in training,
-        unless something inside it is observed, replaced or dropping.
+        unless something inside it is observed, replaced or dropping (where kernels drop, attention weights).
 
         Args:
             x: [B, in_chans, height, width], in the weights' dtype and on their device, or uint8 after

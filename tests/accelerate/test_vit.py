@@ -175,8 +175,9 @@ def test_gradients_of_kernels(hold_gradients, images) -> None:
     assert ran["attention_backward", "triton"] == ran["linear_act_backward", "triton"] == 1
 
 
-def test_drop_path_stays_within_the_launches(device) -> None:
-    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, init_values=0.3)
+@pytest.mark.parametrize(("rate", "fused"), [("drop_path", 1), ("proj_drop", 0)])
+def test_drop_path_stays_within_the_launches_and_dropout_pytorchs(rate, fused, device) -> None:
+    block = Block(64, 2, mlp_ratio=1, init_values=0.3, **{rate: 0.5})
     eager = block.to(device).train()
     ours, exact, x = copy.deepcopy(eager), truth_model(eager), torch.randn(4, 9, 64, device=device)
     fastvr.accelerate(ours)
@@ -187,7 +188,8 @@ def test_drop_path_stays_within_the_launches(device) -> None:
         with fastvr.use_backend(mode), backend.observe() as ran:
             model(x.to(dtype)).backward(upstream.to(dtype))
         found.append({name: p.grad for name, p in model.named_parameters()})
-        assert mode == "reference" or ran["layernorm_mlp_training", "triton"] == 1
+        assert mode == "reference" or ran["layernorm_mlp_training", "triton"] == fused
+        assert ran["dropout", "triton"] == 0
     assert_parity(*found, kind="gradient", sample_dim=None)
 
 

@@ -78,7 +78,7 @@ def test_drop_path_draws_what_timms_draws(dtype) -> None:
 
 
 def test_training_with_drops_compiles(device) -> None:
-    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, attn_drop=0.3).to(device)
+    block = Block(64, 2, mlp_ratio=1, drop_path=0.5, attn_drop=0.3, proj_drop=0.2).to(device)
     x = torch.randn(3, 5, 64, device=device)
     upstream, found = torch.randn(3, 5, 64, device=device), []
     with fastvr.use_backend("triton"):

@@ -223,7 +223,7 @@ def test_in_half_a_block(wanted, device):
 
 
 def test_a_block_is_one_op_and_computed_again_the_same(device):
-    block = Block(64, HEADS, mlp_ratio=1, attn_drop=0.5, drop_path=0.5).to(device)
+    block = Block(64, HEADS, mlp_ratio=1, attn_drop=0.5, proj_drop=0.5, drop_path=0.5).to(device)
     x, upstream, found = randn(2, 5, 64, device=device), randn(2, 5, 64, device=device), []
     for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
         torch.manual_seed(2)
@@ -238,7 +238,7 @@ def test_a_block_is_one_op_and_computed_again_the_same(device):
 def test_without_kernels_a_block_draws_what_timms_does(device):
     from timm.models.vision_transformer import Block as Timms
 
-    rates = {"attn_drop": 0.4, "drop_path": 0.5}
+    rates = {"attn_drop": 0.4, "proj_drop": 0.3, "drop_path": 0.5}
     theirs, x = Timms(64, HEADS, qkv_bias=True, **rates).to(device), randn(4, 9, 64, device=device)
     ours = Block(64, HEADS, **rates).to(device)
     ours.load_state_dict(theirs.state_dict())
