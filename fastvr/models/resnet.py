@@ -136,7 +136,8 @@ class ResNet(Model):
         first = self.conv1[0] if isinstance(self.conv1, nn.Sequential) else self.conv1
         dtype = check_image(self, x, None, first)
         moments = self.image_moments(x, dtype)
-        moves, maps = Moves(), list[torch.Tensor]()
+        moves = Moves()
+        maps: list[torch.Tensor] = []
         if 0 in taken:
             x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
             maps.append(x)
