@@ -15,8 +15,8 @@ def overwritable(y: torch.Tensor) -> bool:
 
 
 def as_kernels_write(y: torch.Tensor) -> torch.Tensor:
-    """The map ``y`` in channels_last, which the operators' fake implementations promise; inside ``vmap``, which
-    knows no such layout, as it is."""
+    """The map ``y`` in channels_last, which the operators' fakes promise; inside ``vmap``, which knows none,
+    as it is."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return y
     return y.contiguous(memory_format=torch.channels_last)
