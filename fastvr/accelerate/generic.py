@@ -56,7 +56,7 @@ class FastLayerNorm(Accelerated):
 class PatchConv(Accelerated):
     """A convolution whose stride is its kernel. Its result is a channels_last map: tokens, without a copy."""
 
-    runs = "patch_embed"
+    runs = "patch_embed, which gives a channels_last map"
     weight: torch.Tensor
     bias: torch.Tensor | None
 

@@ -206,7 +206,8 @@ class _Layers:
         return (
             plain(self.layer, nn.Sequential)
             and all(unobserved(layer) for layer in (*before, last))
-            and all(plain(layer.activation, nn.ReLU) for layer in before)
+            # that of the block may be another one than those inside
+            and all(plain(act, nn.ReLU) for act in (self.activation, *(layer.activation for layer in before)))
             and idle(last.activation)
         )
 

@@ -102,8 +102,8 @@ class ViT(ViTFeatures):
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
         least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
         for name, (value, minimum) in (least | {"reg_tokens": (reg_tokens, 0)}).items():
-            if value < minimum:
-                raise ValueError(f"ViT: {name} must be at least {minimum}; got {value}")
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"ViT: {name} must be a number of at least {minimum}; got {value!r}")
         if not 0 < norm_eps < math.inf:
             raise ValueError(f"ViT: norm_eps must be a positive number; got {norm_eps}")
         _check_pool(global_pool, class_token)

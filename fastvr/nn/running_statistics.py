@@ -40,12 +40,15 @@ class Moves:
             self._statistics.append(moments)
             self._pixels.append(count)
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Move, by the unbiased variance, all together."""
+        # torch.export cannot take a block without gradients in which nothing happens
+        if self._norms:
+            self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
         norms, statistics, pixels = self._norms, self._statistics, self._pixels
-        if not norms:
-            return
         self._norms, self._statistics, self._pixels = [], [], []
         tracking = [bn.training and bn.track_running_stats for bn in norms]
         counters = [bn.num_batches_tracked for bn, on in zip(norms, tracking, strict=True) if on]

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastvr.reference.image import normalize
-from fastvr.reference.linear import overwritable
+from fastvr.reference.linear import as_kernels_write, overwritable
 
 ACTIVATIONS = ("none", "relu")
 
@@ -85,8 +85,7 @@ def conv_bn_relu(
         y = y.add_(residual) if residual.dtype == y.dtype and overwritable(y) else y + residual
     if act == "relu":
         y = y.relu_() if overwritable(y) else y.relu()
-    # the layout that the kernel writes, and that the operator's fake implementation promises
-    return y.contiguous(memory_format=torch.channels_last)
+    return as_kernels_write(y)
 
 
 def conv_bn_relu_backward(

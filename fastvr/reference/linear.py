@@ -16,6 +16,14 @@ def overwritable(y: torch.Tensor) -> bool:
     return type(y) is torch.Tensor
 
 
+def as_kernels_write(y: torch.Tensor) -> torch.Tensor:
+    """The map ``y`` in channels_last, which the operators' fakes promise; inside ``vmap``, which knows none,
+    as it is."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return y
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     """The activations that ops fuse: "none", "relu", "gelu" (exact, by erf), "gelu_tanh", "quick_gelu".
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from fastvr.reference.linear import as_kernels_write
+
 
 def max_pool(
     x: torch.Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> torch.Tensor:
     y = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding))
-    return y.contiguous(memory_format=torch.channels_last)
+    return as_kernels_write(y)
 
 
 def max_pool_training(

@@ -115,7 +115,9 @@ def stated(family: str, config: Mapping[str, Any] | None, keys: Collection[str])
     if architecture not in MODELS:
         raise CheckpointError(f"config.json: architecture {architecture!r} is none of list_models()")
     arguments = MODELS[architecture].arguments
-    written = config.get("model_args") or {}
+    written = dict(config.get("model_args") or {})
+    if written.get("pos_embed") == "learn":
+        del written["pos_embed"]
     taken = _RESNET_SHAPES if family == "ResNet" else _SHAPES | _ARGUMENTS.keys()
     if unknown := sorted(set(written) - taken):
         raise CheckpointError(

@@ -108,6 +108,17 @@ def test_resnets(layer_type, hold, images) -> None:
     assert ran["conv_bn_relu", "reference"] == (2 if layer_type == "basic" else 3) * 5 + shortcuts
 
 
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_resnet_of_another_activation(layer_type, hold, images) -> None:
+    """It stands behind the stem and the residual additions alone: inside the blocks transformers has ReLU."""
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16] * 4, depths=[1] * 4, layer_type=layer_type, hidden_act="gelu"
+    )
+    torch.manual_seed(0)
+    _, ran = hold(transformers.ResNetModel(config), images, get=lambda output: output.pooler_output)
+    assert ran["conv_bn_relu", "reference"] >= 9
+
+
 def test_hidden_states_and_attentions(images) -> None:
     """What transformers records by hooks, which then stay."""
     eager = _tower("ViT", attn_implementation="eager").eval()

@@ -206,3 +206,19 @@ def _unlaunched() -> Any:
     from fastvr.kernels.common import record_launches
 
     return record_launches(lambda *launch: None)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_gradients_of_each_sample(kind, short, images) -> None:
+    model, x = short(kind), images(2)
+    parameters = dict(model.named_parameters())
+
+    def gradients(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(gradients), (None, 0))(parameters, x)
+    for n, image in enumerate(x):
+        model.zero_grad()
+        model(image[None]).square().sum().backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(found[name][n], parameter.grad, msg=name)

@@ -255,7 +255,7 @@ def test_timms_configuration_decides(tmp_path) -> None:
         "architecture": "vit_so400m_patch16_siglip_gap_256",
         "num_classes": 5,
         "global_pool": "avg",
-        "model_args": {"num_heads": 2, "img_size": 32, "proj_drop_rate": 0.1},
+        "model_args": {"num_heads": 2, "img_size": 32, "proj_drop_rate": 0.1, "pos_embed": "learn"},
         "pretrained_cfg": {
             "input_size": [3, 32, 32],
             "mean": [0.5, 0.5, 0.5],
