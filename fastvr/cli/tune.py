@@ -24,6 +24,9 @@ def tune(
     quick: Annotated[
         bool, typer.Option("--quick", help="The likeliest candidates of what nobody has measured.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="A training step's calls, forward and backward, not inference's.")
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure also what is known.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every result to FILE.")] = None,
     dry_run: Annotated[
@@ -66,6 +69,7 @@ def tune(
                 budget=seconds,
                 quick=quick,
                 again=again,
+                train=train,
                 dry_run=dry_run,
                 progress=step,
             )

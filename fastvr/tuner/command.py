@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,12 @@ def run(
     budget: float,
     quick: bool = False,
     again: bool = False,
+    train: bool = False,
     dry_run: bool = False,
     progress: tuner.Progress | None = None,
 ) -> tuner.Report:
-    """Tune the calls of a plain and of a prepared model of this name.
+    """Tune the calls of a plain and of a prepared model of this name, or with ``train`` those of a training
+    step, forward and backward.
 
     A dry run takes a small model of its family through the interpreter, on the CPU: it finds mistakes in
     Python, and its times mean nothing. Its table lies apart, where no look-up goes.
@@ -48,16 +51,25 @@ def run(
     def both(x: Tensor) -> Any:
         return model(x), fastvr.prepare(model, x)(x)
 
+    calls = functools.partial(step, model.train()) if train else both
+
     examples = [
         torch.empty((batch, 3, *size), dtype=dtype, device=device, memory_format=layout)
         for batch in batches or (DRY_BATCHES if dry_run else BATCHES)
     ]
     path = tuning.own_folder() / "dry-run" / "cpu.json" if dry_run else None
     if quick:
-        return tuner.quick(both, examples, budget_seconds=budget, progress=progress, path=path)
+        return tuner.quick(calls, examples, budget_seconds=budget, progress=progress, path=path)
     return tuner.tune(
-        both, examples, budget_seconds=budget, progress=progress, path=path, again=again or dry_run
+        calls, examples, budget_seconds=budget, progress=progress, path=path, again=again or dry_run
     )
+
+
+def step(model: Model, x: Tensor) -> None:
+    """A forward and a backward pass of ``model``, on meta tensors."""
+    with torch.enable_grad():
+        model(x).sum().backward()
+    model.zero_grad()
 
 
 def _on_meta(name: str, *, stand_in: bool) -> Model:

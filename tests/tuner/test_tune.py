@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from fastvr.ops.linear import linear
 from fastvr.ops.linear_stats import linear_stats
 from fastvr.ops.norm_linear import norm_linear
 from fastvr.reference.linear_stats import row_stats
-from fastvr.tuner import calls, gate
+from fastvr.tuner import calls, command, gate
 from fastvr.tuner.timing import Fn, Times
 from fastvr.tuning import table
 
@@ -474,22 +475,17 @@ def test_a_gradients_inputs_belong_together() -> None:
 
 
 def training_calls(family: str) -> list[calls.Call]:
-    """Those of a step of a small model on more samples than are held to the truth."""
+    """Those of a step of a small model."""
+    model: ViT | ResNet
     if family == "vit":
-        made = ViT(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=7)
+        model = ViT(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=7)
     else:
-        made = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=7, width=8)
-    model = calls.meta_copy(made.train())
-
-    def step(x: Tensor) -> None:
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in model.parameters()]
-            parameters = dict(zip([name for name, _ in model.named_parameters()], leaves, strict=True))
-            torch.func.functional_call(model, parameters, (x,)).sum().backward()
-
-    x = torch.zeros(6, 3, 16 if family == "vit" else 32, 16 if family == "vit" else 32)
+        model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=7, width=8)
+    x = torch.zeros(6, 3, *((16, 16) if family == "vit" else (32, 32)))
+    step = functools.partial(command.step, model.to("meta").train())
     found, unsupported = calls.collect(step, [x], "interpreter")
     assert not unsupported
+    assert all(p.grad is None for p in model.parameters())
     return found
 
 
@@ -516,6 +512,16 @@ def test_every_call_of_a_training_step_passes_its_own_gate(
     whole = {"residual_block", "residual_block_backward", "batch_norm_act_max_pool_backward"}
     assert not ends & whole
     assert family == "vit" or whole <= {call.op for call in found}
+
+
+def test_the_command_tunes_a_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVR_CACHE_DIR", str(tmp_path))
+    given = {"batches": [2], "dtype": torch.float32, "budget": 1e-3, "dry_run": True}
+    plain = command.run("vit_base", **given)
+    trained = command.run("vit_base", **given, train=True)
+    assert plain.stopped == trained.stopped == "budget"
+    # nobody had the time to measure, but a step asks for more
+    assert trained.planned > plain.planned > 0
 
 
 def test_gelus_tail_is_granted_to_a_linears_output_alone() -> None:
