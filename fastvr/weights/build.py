@@ -160,6 +160,19 @@ def _arguments(
             f"{source}: has {positions} positions, which are not those of images of {size[0]}x{size[1]} "
             f"pixels in patches of {patch[0]}x{patch[1]}; if its images are oblong, give their img_size="
         )
+    if found.layout == "timm" and not found.stated:
+        # of two of timm's kinds of ViT with rotary positions, which no weight holds
+        if "norm_pre.weight" in state and "attn_pool.latent" in state:
+            raise CheckpointError(
+                f"{source}: has the weights of a perception encoder, whose rotary positions fastvr's ViT has "
+                "not; fastvr.accelerate takes timm's model as it is"
+            )
+        if found.origin.get("blocks.0.ls1.gamma", "").endswith("gamma_1"):
+            logger.warning(
+                "%s: does not say whether it has rotary positions; it is taken for DeiT-III's own, which has "
+                "none (timm's vit_*_rope_ape_* have the same names: fastvr.accelerate takes those)",
+                source,
+            )
     arguments = {
         "img_size": size,
         "patch_size": tuple(patch),

@@ -365,6 +365,17 @@ def test_square_images_in_oblong_patches_of_weights_alone() -> None:
     assert fastvr.load_model(state, num_heads=2).img_size == (32, 64)
 
 
+def test_rotary_positions_are_not_forgotten(caplog) -> None:
+    """The weights do not hold them."""
+    peer = timm.create_model("vit_pe_core_tiny_patch16_384", img_size=32, depth=1)
+    with pytest.raises(fastvr.CheckpointError, match="whose rotary positions fastvr's ViT has not"):
+        fastvr.load_model(peer.state_dict())
+    peer = timm.create_model("vit_small_patch16_rope_ape_224", img_size=32, depth=1)
+    with caplog.at_level(logging.WARNING, "fastvr"):
+        fastvr.load_model(peer.state_dict())
+    assert "does not say whether it has rotary positions; it is taken for DeiT-III's own" in caplog.text
+
+
 def test_three_stages_are_no_resnet(make_peer) -> None:
     state = {k: t for k, t in make_peer("timm-resnet").state_dict().items() if not k.startswith("layer4.")}
     with pytest.raises(fastvr.CheckpointError, match=r"has stages of \(1, 1, 1, 0\) blocks"):
