@@ -170,6 +170,13 @@ class Op(Generic[_Result]):
         possible = backend.kernels_possible(device)
         if not self.differentiable and _needs_gradient(args):
             raise NotImplementedError(f"fastvr.{self.name} has no gradient: call it under torch.no_grad()")
+        if not torch.compiler.is_compiling() and _transformed(args):
+            if backend.current_backend() == "triton":
+                raise NotImplementedError(
+                    f"fastvr.{self.name}: torch.func's transforms do not differentiate operators; "
+                    "use_backend('reference') has none"
+                )
+            return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
         if self.training is not None and not torch.compiler.is_exporting() and _needs_gradient(args):
             if self.training.trains(*args):
                 return self.training(*args)[0]  # type: ignore[no-any-return]
@@ -396,6 +403,11 @@ def _watched(args: Iterable[object]) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _transformed(args: Iterable[object]) -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap) is at work on what needs a gradient."""
+    return torch._C._functorch.peek_interpreter_stack() is not None and _needs_gradient(args)
 
 
 def _needs_gradient(args: Iterable[object]) -> bool:
