@@ -44,10 +44,10 @@ class Moves:
         """Move, by the unbiased variance, all together."""
         # torch.export cannot take a block without gradients in which nothing happens
         if self._norms:
-            self._apply()
+            with torch.no_grad():
+                self._move()
 
-    @torch.no_grad()
-    def _apply(self) -> None:
+    def _move(self) -> None:
         norms, statistics, pixels = self._norms, self._statistics, self._pixels
         self._norms, self._statistics, self._pixels = [], [], []
         tracking = [bn.training and bn.track_running_stats for bn in norms]

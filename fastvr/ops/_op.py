@@ -177,7 +177,7 @@ class Op(Generic[_Result]):
                     "use_backend('reference') has none"
                 )
             return backend.run_reference(self.name, self.reference, args)  # type: ignore[no-any-return]
-        if self.training is not None and not torch.compiler.is_exporting() and _needs_gradient(args):
+        if self.training is not None and not _exporting() and _needs_gradient(args):
             if self.training.trains(*args):
                 return self.training(*args)[0]  # type: ignore[no-any-return]
             # by PyTorch's own backward, which keeps what it needs in its own way
@@ -229,7 +229,7 @@ class Op(Generic[_Result]):
         """Whether this op, which something else stands in for elsewhere, runs by its kernel. What runs has to
         be known here, so a compiler gets it only where kernels are forced. An exported program is for
         inference, and gets the operator that is for it, which has a gradient too."""
-        if torch.compiler.is_exporting():
+        if _exporting():
             return False
         device = args[0].device
         if not backend.kernels_possible(device):
@@ -403,6 +403,11 @@ def _watched(args: Iterable[object]) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _exporting() -> bool:
+    # not torch.compiler.is_exporting(), which PyTorch 2.11's compiler takes for true in every graph
+    return torch.compiler._is_exporting_flag
 
 
 def _transformed(args: Iterable[object]) -> bool:

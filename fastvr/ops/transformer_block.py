@@ -7,7 +7,7 @@ output projection's result, and computed again from what that read: 3 % more ari
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +57,9 @@ def _own(half: layernorm_attention.Arguments | layernorm_mlp.Arguments) -> tuple
     return half[1:8]
 
 
-def _with_seeds(rates: Sequence[float], seeds: Sequence[torch.Tensor | None]) -> Iterator[Any]:
+def _with_seeds(rates: Sequence[float], seeds: Sequence[torch.Tensor | None]) -> list[Any]:
     """Each rate of dropout with its seed behind it, as :class:`Arguments` has them."""
-    return (value for pair in zip(rates, seeds, strict=True) for value in pair)
+    return [value for pair in zip(rates, seeds, strict=True) for value in pair]
 
 
 class Arguments(NamedTuple):
