@@ -1,9 +1,10 @@
-"""ViT-B/16 and ResNet-50 in float32 on a CPU, beside what people use there, in turn in one process.
+"""ViT-B/16 and ResNet-50 on a CPU, beside what people use there, in turn in one process.
 
-    python bench/bench_cpu_peers.py [--batch 8] [--threads N] [--models resnet50] [--json FILE]
+    python bench/bench_cpu_peers.py [--batch 8] [--threads N] [--models resnet50] [--dtypes bfloat16]
 
-Columns: timm or torchvision eager (ResNet in both layouts), fastvr as it is called and prepared, ONNX
-Runtime and OpenVINO (in float32, and with bfloat16 asked for: its name says which precision then ran).
+In float32, and in bfloat16 where the CPU has instructions for it. Columns: timm or torchvision eager (ResNet
+in both layouts), fastvr as it is called and prepared, ONNX Runtime (float32: it has no bfloat16 there) and
+OpenVINO.
 Each has the error of its logits against float64, as a multiple of eager's; that of a peer is its own affair.
 
 The goal, for which the exit status answers: the prepared model no slower than ONNX Runtime and within 1.1
@@ -26,7 +27,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ from torch import Tensor, nn
 
 import fastvr
 from fastvr.doctor import environment
+from fastvr.ops import _mkldnn
 
 PLAIN, PREPARED = "fastvr", "fastvr prepared"
 EAGER, ONNX, OPENVINO = "eager", "ONNX Runtime", "OpenVINO"
 # by column and peer, how many times the peer's time is allowed
 GOALS = {PLAIN: {EAGER: 1.0}, PREPARED: {EAGER: 1.0, ONNX: 1.0, OPENVINO: 1.1}}
+_PACKAGES = {ONNX: "onnxruntime", OPENVINO: "openvino"}
+_OPENVINO_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # two calls that do the same thing differ by this much in a median of interleaved runs
 NOISE = 0.02
 # seconds; the runtimes' threads were seen to spin for less after a call
@@ -68,45 +73,39 @@ def onnx_file(model: nn.Module, x: Tensor) -> bytes:
     return file.getvalue()
 
 
-def onnxruntime_column(graph: bytes, x: Tensor, threads: int) -> Iterator[Column]:
+def onnxruntime_column(graph: bytes, x: Tensor, threads: int) -> Column:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     given = {"x": x.numpy()}
-    yield Column(ONNX, lambda: torch.from_numpy(session.run(None, given)[0]), ONNX)
+    return Column(ONNX, lambda: torch.from_numpy(session.run(None, given)[0]), ONNX)
 
 
-def openvino_columns(graph: bytes, x: Tensor, threads: int) -> Iterator[Column]:
+def openvino_column(graph: bytes, x: Tensor, threads: int, dtype: torch.dtype) -> Column:
     import openvino
 
     core = openvino.Core()
-    given, seen = x.numpy(), set()
-    for hint in ("f32", "bf16"):
-        options = {
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": hint,
-        }
-        compiled = core.compile_model(core.read_model(graph), "CPU", options)
-        chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        name = f"{OPENVINO} {chosen}" if hint == "f32" else f"{OPENVINO} {chosen} (bf16 asked for)"
-        if name in seen:
-            continue
-        seen.add(name)
-        request = compiled.create_infer_request()
-        yield Column(
-            name,
-            lambda request=request: torch.from_numpy(request.infer({0: given})[0].copy()),  # type: ignore[misc]
-            OPENVINO,
-        )
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[dtype],
+    }
+    compiled = core.compile_model(core.read_model(graph), "CPU", options)
+    chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    given, request = x.numpy(), compiled.create_infer_request()
+    return Column(
+        f"{OPENVINO} {chosen}", lambda: torch.from_numpy(request.infer({0: given})[0].copy()), OPENVINO
+    )
 
 
-PEERS: dict[str, tuple[str, Callable[[bytes, Tensor, int], Iterator[Column]]]] = {
-    ONNX: ("onnxruntime", onnxruntime_column),
-    OPENVINO: ("openvino", openvino_columns),
-}
+def left_out(peer: str, dtype: torch.dtype) -> str | None:
+    """Why there is no column of ``peer``, or None."""
+    if peer == ONNX and dtype == torch.bfloat16:
+        return f"{peer}: it has no bfloat16 on a CPU"
+    absent = [p for p in (_PACKAGES[peer], "onnx") if importlib.util.find_spec(p) is None]
+    return f"{peer}: {' and '.join(absent)} not installed" if absent else None
 
 
 def columns(pair: models.Pair, x: Tensor, threads: int) -> tuple[list[Column], list[str]]:
@@ -119,16 +118,16 @@ def columns(pair: models.Pair, x: Tensor, threads: int) -> tuple[list[Column], l
     found.append(Column(f"{pair.baseline} contiguous", models.call(contiguous, plain), EAGER))
     found.append(Column(PLAIN, models.call(pair.ours, x)))
     found.append(Column(PREPARED, models.call(fastvr.prepare(pair.ours, x), x)))
-    left_out = []
-    graph: bytes | None = None
-    for name, (package, build) in PEERS.items():
-        absent = [p for p in (package, "onnx") if importlib.util.find_spec(p) is None]
-        if absent:
-            left_out.append(f"{name}: {' and '.join(absent)} not installed")
-            continue
-        graph = graph or onnx_file(contiguous, plain)
-        found.extend(build(graph, plain, threads))
-    return found, left_out
+    reasons = {peer: left_out(peer, x.dtype) for peer in _PACKAGES}
+    if None in reasons.values():
+        # peers take float32, whatever they compute in
+        plain = plain.float()
+        graph = onnx_file(copy.deepcopy(contiguous).float(), plain)
+        if reasons[ONNX] is None:
+            found.append(onnxruntime_column(graph, plain, threads))
+        if reasons[OPENVINO] is None:
+            found.append(openvino_column(graph, plain, threads, x.dtype))
+    return found, [reason for reason in reasons.values() if reason is not None]
 
 
 def measure(found: list[Column], *, rounds: int, seconds: float) -> list[dict[str, float]]:
@@ -176,11 +175,11 @@ def verdicts(found: list[Column], taken: list[dict[str, float]]) -> list[dict[st
     return result
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    pair = models.build(name, torch.float32, "cpu", small=args.small)
-    x = pair.example(args.batch, torch.float32, torch.device("cpu"))
+def run(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    pair = models.build(name, _DTYPES[dtype], "cpu", small=args.small)
+    x = pair.example(args.batch, _DTYPES[dtype], torch.device("cpu"))
     with torch.no_grad():
-        found, left_out = columns(pair, x, args.threads)
+        found, missing = columns(pair, x, args.threads)
         error = errors(pair, x, found)
         taken = measure(found, rounds=args.rounds, seconds=args.seconds)
     best_peer = min(statistics.median(t[c.name] for t in taken) for c in found if c.peer)
@@ -195,15 +194,16 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "model": name,
+        "dtype": dtype,
         "rounds": len(taken),
         "columns": rows,
         "goals": verdicts(found, taken),
-        "left_out": left_out,
+        "left_out": missing,
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['model']}, {result['rounds']} rounds")
+    print(f"\n{result['model']}, {result['dtype']}, {result['rounds']} rounds")
     width = max(map(len, result["columns"]))
     print(f"{'':{width}}  ms/image  fastest  to best peer  error to eager's")
     for name, row in result["columns"].items():
@@ -233,8 +233,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every column")
     parser.add_argument("--models", nargs="+", choices=cases.MODELS, default=list(cases.MODELS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=_DTYPES, default=[n for n, d in _DTYPES.items() if _mkldnn.supports(d)]
+    )
     parser.add_argument("--rounds", type=int, default=7, help="at least so many")
-    parser.add_argument("--seconds", type=float, default=60.0, help="a model, while rounds may begin")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="a model and dtype, while rounds may begin"
+    )
     parser.add_argument("--small", action="store_true", help="small models, to see that it runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -249,12 +254,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         where = environment(torch.device("cpu"))
-        print(f"{where['cpu']}, {args.threads} threads, batch {args.batch}, float32")
+        print(f"{where['cpu']}, {args.threads} threads, batch {args.batch}")
         print(", ".join(f"{name} {version}" for name, version in versions().items()))
         results = []
         for name in args.models:
-            results.append(run(name, args))
-            show(results[-1])
+            for dtype in args.dtypes:
+                results.append(run(name, dtype, args))
+                show(results[-1])
     finally:
         torch.set_num_threads(before)
     if args.json:

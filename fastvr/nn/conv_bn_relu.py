@@ -11,9 +11,9 @@ from torch import nn
 from fastvr import backend
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import track
-from fastvr.ops import _check
+from fastvr.ops import _check, _mkldnn
 from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
-from fastvr.ops.conv_bn_relu import CONV_BN_RELU, BatchNorm
+from fastvr.ops.conv_bn_relu import CONV_BN_RELU, BatchNorm, run_packed
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
 from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu as dual_conv_bn_relu_op
 
@@ -63,6 +63,14 @@ def conv_bn_relu(
     module is observed or replaced. Where it does by the batch's own, or its weight is trained, everything
     behind the convolution is one op, if its kernel runs; else the modules are called.
     """
+    act = "none" if relu is None else "relu"
+    if (
+        (packed := _mkldnn.kept_in_pass(conv)) is not None
+        and isinstance(conv, nn.Conv2d)
+        and packed.scale is bn._buffers.get("scale")
+        and (relu is None or plain(relu, nn.ReLU))
+    ):
+        return run_packed(x, packed, conv.stride, conv.padding, conv.groups, act, residual)  # type: ignore[arg-type]
     norm = batch_norm(bn)
     if (
         norm is None
@@ -70,7 +78,6 @@ def conv_bn_relu(
         or not (relu is None or plain(relu, nn.ReLU))
     ):
         return norm_act(bn, relu, convolve(conv, x), residual)
-    act = "none" if relu is None else "relu"
     weight, stride, padding, groups = conv.weight, conv.stride, conv.padding, conv.groups
     if not backend.kernels_possible(x.device) and _check.autocast_dtype(x.device) is None:
         # PyTorch checks what modules hand it, and checking it twice would cost as much as calling it

@@ -19,6 +19,8 @@ from fastvr.nn.conv_bn_relu import (
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import Moves, track
+from fastvr.ops._magnitude import carry_on
+from fastvr.ops._pass import current
 from fastvr.ops.batch_norm_act_max_pool import batch_norm_act_max_pool, fuses_max_pool
 from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
 from fastvr.reference.image import normalize
@@ -46,6 +48,9 @@ def stem(
     if _deep(conv):
         conv, x = _last_of_deep(conv, normalize(x, mean, std, dtype))
         mean = std = None
+    if current() is not None:
+        made = conv_bn_relu(conv, bn, relu, normalize(x, mean, std, dtype))
+        return carry_on(made, pool_map(maxpool, made))
     norm = batch_norm(bn)
     if (
         norm is not None

@@ -16,13 +16,12 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
+from fastvr.ops._magnitude import Gain
+from fastvr.ops._pass import current
 from fastvr.ops._winograd import Winograd
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
-# the slope below zero of a ReLU between two convolutions, where oneDNN's own loses a NaN: what it leaves of a
-# negative number vanishes in the first sum with any other, and no pass of its own is needed (-Inf stays)
-_LEAK = 1e-30
 _MOST_SIZES = 256  # that a weight is laid out for; what comes after them takes the first's layout
 
 _packer: contextvars.ContextVar[Callable[[str, tuple[Any, ...]], None] | None] = contextvars.ContextVar(
@@ -113,6 +112,8 @@ class Packed:
     """A weight that oneDNN has laid out. Where ``scale`` was multiplied into it, ``bias`` is its ``shift``.
 
     ``gelu``: whether oneDNN's GELU is to be fused; with AVX2 alone it is slower than PyTorch's own pass.
+    ``parts``: of a linear layer whose weight was cut into columns, ``terms`` of them each, all their layouts.
+    ``gain``: of a convolution, how large its results can be.
     ``onto_residual``: whether the result may be written over the residual, since nobody reads that again.
     """
 
@@ -123,7 +124,10 @@ class Packed:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     gelu: bool = True
+    gain: Gain | None = None
     onto_residual: bool = False
+    parts: tuple[Layouts, ...] = ()
+    terms: int = 0
 
 
 AnyPacked: TypeAlias = Packed | Winograd
@@ -139,16 +143,37 @@ def kept(weight: torch.Tensor) -> AnyPacked | None:
     return found
 
 
-def pack_linear(weight: torch.Tensor, rows: int) -> Packed:
-    """``weight`` [out_features, in_features] laid out for ``rows`` rows; any number may come."""
+def kept_in_pass(module: torch.nn.Module) -> AnyPacked | None:
+    """What ``module``'s weight is computed with in a prepared model's own pass; None elsewhere."""
+    if current() is None:
+        return None
+    weight = module._parameters.get("weight")
+    return None if weight is None else kept(weight)
+
+
+def pack_linear(weight: torch.Tensor, rows: int, *, most_terms: int | None = None) -> Packed:
+    """``weight`` [out_features, in_features] laid out for ``rows`` rows; any number may come.
+
+    With ``most_terms`` it is cut into equal parts of so many columns at most, whose products are added:
+    oneDNN sums a thousand terms in a row, and the error of that grows with their number.
+    """
     # without the attributes of a Parameter, which will lead here
     weight = weight.detach()
+    columns = weight.shape[1]
+    if most_terms is None or columns <= most_terms:
+        return Packed(_linear_layouts(weight, rows))
+    # whole cache lines
+    terms = -(-columns // -(-columns // most_terms) // 16) * 16
+    parts = tuple(_linear_layouts(part, rows) for part in weight.split(terms, 1))
+    return Packed(parts[0], parts=parts, terms=terms)
 
+
+def _linear_layouts(weight: torch.Tensor, rows: int) -> Layouts:
     def pack(size: Sequence[int]) -> torch.Tensor:
         layout: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), *size)
         return layout
 
-    return Packed(Layouts(pack, (rows,)))
+    return Layouts(pack, (rows,))
 
 
 def pack_convolution(
@@ -174,7 +199,8 @@ def pack_convolution(
         )
         return layout
 
-    return Packed(Layouts(pack, size), None if shift is None else shift.to(weight.dtype), scale, shift)
+    bias = None if shift is None else shift.to(weight.dtype)
+    return Packed(Layouts(pack, size), bias, scale, shift, gain=Gain.of(weight, scale, shift))
 
 
 def linear(
@@ -186,16 +212,29 @@ def linear(
     act: str,
 ) -> torch.Tensor:
     """``residual + gamma * act(x @ weight.T + bias)`` for a packed ``weight``; arguments as the op's."""
-    ops, weight = torch.ops.mkldnn, packed.layouts.of((x.numel() // max(x.shape[-1], 1),))
-    if act == "none" and gamma is None and residual is not None and residual.dtype == x.dtype:
-        y: torch.Tensor = ops._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return y
-    if act in GELU and packed.gelu:
+    ops, size = torch.ops.mkldnn, (x.numel() // max(x.shape[-1], 1),)
+    weight = packed.layouts.of(size)
+    onto = act == "none" and gamma is None and residual is not None and residual.dtype == x.dtype
+    y: torch.Tensor
+    if packed.parts:
+        first, *others = x.split(packed.terms, -1)
+        if onto:
+            y = ops._linear_pointwise.binary(first, residual, weight, bias, "add")
+        else:
+            y = ops._linear_pointwise(first, weight, bias, "none", [], "")
+        for part, layouts in zip(others, packed.parts[1:], strict=True):
+            y = ops._linear_pointwise.binary(part, y, layouts.of(size), None, "add")
+        y = activate(y, act)
+    elif onto:
+        y = ops._linear_pointwise.binary(x, residual, weight, bias, "add")
+    elif act in GELU and packed.gelu:
         y = ops._linear_pointwise(x, weight, bias, "gelu", [], GELU[act])
     elif act == "relu" and _relu_keeps_nan():
         y = ops._linear_pointwise(x, weight, bias, "relu", [], "")
     else:
         y = activate(ops._linear_pointwise(x, weight, bias, "none", [], ""), act)
+    if onto:
+        return y
     if gamma is not None:
         y = y * gamma
     return y if residual is None else residual + y
@@ -209,15 +248,15 @@ def conv_bn_relu(
     groups: int,
     act: str,
     residual: torch.Tensor | None,
+    *,
+    finite: bool = False,
 ) -> torch.Tensor:
-    """``act(conv(x) * scale + shift + residual)`` for a packed weight, channels_last."""
+    """``act(conv(x) * scale + shift + residual)`` for a packed weight, channels_last; ``finite`` says that
+    nothing in it can be NaN or infinite."""
     ops, weight, bias = torch.ops.mkldnn, packed.layouts.of(x.shape), packed.bias
     where = (list(padding), list(stride), [1, 1], groups)
     y: torch.Tensor
-    if residual is None and act == "relu" and not _relu_keeps_nan():
-        y = ops._convolution_pointwise(x, weight, bias, *where, "leaky_relu", [_LEAK], "")
-        return y.contiguous(memory_format=torch.channels_last)
-    fused = act if act == "relu" and _relu_keeps_nan() else "none"
+    fused = act if act == "relu" and (finite or _relu_keeps_nan()) else "none"
     # PyTorch 2.11 fails to describe maps of one pixel, whose strides say nothing, where they are added
     if residual is not None and residual.dtype == x.dtype and residual.shape[2:].numel() != 1:
         then: tuple[Any, ...] = ("add", 1.0, None if fused == "none" else fused, [], "")

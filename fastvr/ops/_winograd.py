@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import torch
 
+from fastvr.ops._magnitude import Gain
+
 # what a filter is multiplied by from both sides; the other two transforms are written out below
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
@@ -31,11 +33,15 @@ _POINTS = 2**21
 
 @dataclasses.dataclass(frozen=True)
 class Winograd:
-    """A transformed 3x3 weight, ``points`` [16, C, O], times ``scale``; ``shift`` is added later."""
+    """A transformed 3x3 weight, ``points`` [16, C, O], times ``scale``; ``shift`` is added later.
+
+    ``gain`` says how large the results can be.
+    """
 
     name: ClassVar[str] = "winograd"
 
     points: torch.Tensor
+    gain: Gain
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
@@ -56,7 +62,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor |
     if scale is not None:
         wide = wide * scale.double()[:, None, None, None]
     points = torch.einsum("ak,oikl,bl->abio", sides, wide, sides).flatten(0, 1)
-    return Winograd(points.to(weight.dtype).contiguous(), scale, shift)
+    return Winograd(points.to(weight.dtype).contiguous(), Gain.of(weight, scale, shift), scale, shift)
 
 
 def conv_bn_relu(

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fastvr import backend, tuning
-from fastvr.ops import _check
+from fastvr.ops import _check, _onednn_attention
 from fastvr.ops._heads import reachable, refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops._pass import current
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD, ATTENTION_KV_BACKWARD
 from fastvr.ops.dropout import draw_seed
 from fastvr.reference.attention import attention as reference
@@ -246,6 +247,14 @@ def _launch(
     )
 
 
+def _vendor(a: Arguments) -> torch.Tensor | None:
+    run = current()
+    if run is None or _onednn_attention.key(a.qkv, a.num_heads, a.scale) not in run.chosen:
+        return None
+    backend.ran("attention", "mkldnn")
+    return _onednn_attention.attention(a.qkv, a.num_heads, a.scale)
+
+
 def _fake(a: Arguments) -> torch.Tensor:
     batch, n, width = a.qkv.shape
     return a.qkv.new_empty((batch, n, width // 3))
@@ -379,6 +388,7 @@ ATTENTION = Op(
     unsupported=_unsupported,
     measured=_measured,
     cost=_cost,
+    vendor=_vendor,
     gradient=Gradient(saves=lambda a, needs: ("qkv",), backward=_backward_of_traced),
     training=ATTENTION_TRAINING,
 )

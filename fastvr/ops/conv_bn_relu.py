@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _mkldnn, _winograd
+from fastvr.ops import _check, _magnitude, _mkldnn, _winograd
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.conv_bn_relu_backward import CONV_BN_RELU_BACKWARD, WANTED
 from fastvr.ops.linear import result_dtype
@@ -288,16 +288,27 @@ def _vendor(a: Arguments) -> torch.Tensor | None:
         return None
     if a.running_mean is not None:
         return None
-    backend.ran("conv_bn_relu", packed.name)
-    return run_packed(a, packed)
-
-
-def run_packed(a: Arguments, packed: _mkldnn.AnyPacked) -> torch.Tensor:
-    """What ``packed``, made of ``a.weight``, gives on a CPU."""
     x = normalize(a.x, a.mean, a.std, a.weight.dtype)
+    return run_packed(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
+
+
+def run_packed(
+    x: torch.Tensor,
+    packed: _mkldnn.AnyPacked,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    act: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """What ``packed`` gives on a CPU; the other arguments as the op's, x in the weight's dtype."""
+    backend.ran("conv_bn_relu", packed.name)
+    most = None if packed.gain is None else _magnitude.bound(packed.gain, x, residual)
     if isinstance(packed, _winograd.Winograd):
-        return _winograd.conv_bn_relu(x, packed, a.padding, a.act, a.residual)
-    return _mkldnn.conv_bn_relu(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
+        y = _winograd.conv_bn_relu(x, packed, padding, act, residual)
+    else:
+        y = _mkldnn.conv_bn_relu(x, packed, stride, padding, groups, act, residual, finite=most is not None)
+    return _magnitude.carry(y, most)
 
 
 def _fake(a: Arguments) -> torch.Tensor:

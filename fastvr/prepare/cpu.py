@@ -9,6 +9,7 @@ So each shape of those is measured, once, in a forward pass while the model is p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -24,9 +25,11 @@ from fastvr import backend
 from fastvr.nn.conv_bn_relu import plain_conv
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck
-from fastvr.ops import _mkldnn, _winograd, conv_bn_relu, linear
+from fastvr.ops import _mkldnn, _onednn_attention, _winograd, attention, conv_bn_relu, linear
 from fastvr.ops._op import Op
+from fastvr.ops._pass import running
 from fastvr.prepare.graphs import layout_of
+from fastvr.reference.image import normalize
 from fastvr.reference.linear import GELU
 from fastvr.testing import GELU_TAIL, measure_parity
 
@@ -35,11 +38,14 @@ logger = logging.getLogger("fastvr")
 # of one call: rounds at least and at most, and the time after which no new one begins
 _LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
 
+# of a float32 sum, where oneDNN's alone is not exact enough: half of its error remains
+_MOST_TERMS = 768
+
 # the share of PyTorch's time that a call may take at most: it must earn the memory of the second layout
 _SHARE = 0.97
 
 
-def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
+def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]:
     """Lay out the weights of ``model`` on a CPU where the vendor's fused call is the faster one.
 
     Runs the model once on random images like ``example``. A call that breaks the parity rule there does not
@@ -47,19 +53,31 @@ def pack_weights(model: nn.Module, example: torch.Tensor) -> None:
     Nothing happens where the mode is not "auto", without oneDNN, or in a dtype that it would emulate.
 
     A weight that was laid out is kept beside the dense one, which every other way to run the model reads.
+
+    Returns:
+        Which calls without weights are to take the vendor's form, for :func:`fastvr.ops._pass.running`.
     """
     weights = {id(p): p for p in model.parameters()}
     dtypes = {p.dtype for p in weights.values()}
     if backend.current_backend() != "auto" or not example.numel() or not all(map(_mkldnn.supports, dtypes)):
-        return
+        return frozenset()
     generator = torch.Generator().manual_seed(0)
     if example.is_floating_point():
         images = torch.randn(example.shape, generator=generator).to(example.dtype)
     else:
         images = torch.randint(0, 256, example.shape, generator=generator, dtype=example.dtype)
-    with _mkldnn.packing(_Packer(weights)), torch.no_grad():
-        model(images.contiguous(memory_format=layout_of(example)))
+    images = images.contiguous(memory_format=layout_of(example))
+    packer = _Packer(weights)
+    run = running(images, packer.chosen) if is_known(model) else contextlib.nullcontext()
+    with _mkldnn.packing(packer), run, torch.no_grad():
+        model(images)
     _write_onto_residuals(model)
+    return frozenset(packer.chosen)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether every module is PyTorch's or ours: others may write into the numbers that pass through them."""
+    return all(type(module).__module__.split(".")[0] in ("fastvr", "torch") for module in model.modules())
 
 
 def _write_onto_residuals(model: nn.Module) -> None:
@@ -84,13 +102,31 @@ class _Packer:
     def __init__(self, weights: dict[int, nn.Parameter]) -> None:
         self._weights = weights
         # by call, which of its candidates is to be taken; None is PyTorch itself
-        self._chosen: dict[Hashable, int | None] = {}
+        self._places: dict[Hashable, int | None] = {}
+        # of those without weights, which are the vendor's, and which were asked about
+        self.chosen: set[Hashable] = set()
+        self._asked: set[Hashable] = set()
 
     def __call__(self, op: str, args: tuple[Any, ...]) -> None:
         if op == "linear":
             self._linear(linear.Arguments(*args))
         elif op == "conv_bn_relu":
             self._convolution(conv_bn_relu.Arguments(*args))
+        elif op == "attention":
+            self._attention(attention.Arguments(*args))
+
+    def _attention(self, a: attention.Arguments) -> None:
+        key = _onednn_attention.key(a.qkv, a.num_heads, a.scale)
+        if not _onednn_attention.takes(a.qkv) or key in self._asked:
+            return
+        self._asked.add(key)
+        run = functools.partial(_onednn_attention.attention, num_heads=a.num_heads, scale=a.scale)
+        plain = functools.partial(attention.ATTENTION.reference, *a[:3])
+        exact = attention.ATTENTION.reference(a.qkv[:1].double(), *a[1:3])
+        report = measure_parity(run(a.qkv[:1]), plain()[:1], exact)
+        if report.passed and _fastest([plain, functools.partial(run, a.qkv)]) == 1:
+            self.chosen.add(key)
+        logger.debug("prepare: %s runs in %s", key, "mkldnn" if key in self.chosen else "PyTorch")
 
     def _wanted(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
         owned = id(weight) in self._weights and _mkldnn.kept(weight) is None
@@ -99,63 +135,85 @@ class _Packer:
     def _linear(self, a: linear.Arguments) -> None:
         if not self._wanted(a.x, a.weight):
             return
-        packed = _mkldnn.pack_linear(a.weight, a.x.numel() // a.x.shape[-1])
-        candidates = [packed]
+        rows = a.x.numel() // a.x.shape[-1]
+        whole = functools.cache(lambda: _mkldnn.pack_linear(a.weight, rows))
+        candidates: list[Callable[[], _mkldnn.AnyPacked]] = [whole]
         if a.act in GELU:
-            candidates.append(dataclasses.replace(packed, gelu=False))
+            candidates.append(lambda: dataclasses.replace(whole(), gelu=False))
+        # takes more passes, so only where the whole is not exact enough
+        cut = []
+        if a.x.dtype == torch.float32 and a.weight.shape[1] > _MOST_TERMS:
+            cut.append(lambda: _mkldnn.pack_linear(a.weight, rows, most_terms=_MOST_TERMS))
         floor: float | torch.Tensor = GELU_TAIL if a.act == "gelu" else 0.0
         if a.gamma is not None:
             floor = floor * a.gamma.abs().double()
-
-        def choose() -> int | None:
-            right = [
-                i for i, c in enumerate(candidates) if _holds_parity(linear.LINEAR, a, _multiply, c, floor)
-            ]
-            calls = [functools.partial(linear.LINEAR.reference, *a)]
-            calls += [functools.partial(_multiply, a, candidates[i]) for i in right]
-            return [None, *right][_fastest(calls)]
-
-        self._keep("linear", a, candidates, choose)
+        run = functools.partial(linear.LINEAR.reference, *a)
+        self._keep("linear", linear.LINEAR, a, _multiply, [candidates, cut], plain=run, floor=floor)
 
     def _convolution(self, a: conv_bn_relu.Arguments) -> None:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
             return
         geometry = a.stride, a.padding, a.groups
-        candidates: list[_mkldnn.AnyPacked] = [
-            _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        candidates: list[Callable[[], _mkldnn.AnyPacked]] = [
+            lambda: _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
         ]
         if _winograd.takes(a.weight, a.stride, a.groups):
-            candidates.append(_winograd.pack(a.weight, a.bn_weight, a.bn_bias))
-
-        def choose() -> int | None:
-            right = [
-                i
-                for i, c in enumerate(candidates)
-                if _holds_parity(conv_bn_relu.CONV_BN_RELU, a, conv_bn_relu.run_packed, c, 0.0)
-            ]
-            if len(right) < 2:
-                return right[0] if right else None
-            return right[
-                _fastest([functools.partial(conv_bn_relu.run_packed, a, candidates[i]) for i in right])
-            ]
-
-        self._keep("conv_bn_relu", a, candidates, choose)
+            candidates.append(lambda: _winograd.pack(a.weight, a.bn_weight, a.bn_bias))
+        self._keep("conv_bn_relu", conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates])
 
     def _keep(
-        self, op: str, a: Any, candidates: Sequence[_mkldnn.AnyPacked], choose: Callable[[], int | None]
+        self,
+        name: str,
+        op: Op[torch.Tensor],
+        a: Any,
+        run: Callable[[Any, Any], torch.Tensor],
+        groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
+        *,
+        plain: Callable[[], object] | None = None,
+        floor: float | torch.Tensor = 0.0,
     ) -> None:
-        key = (op, *(_kind(value) for value in a))
-        if key not in self._chosen:
-            self._chosen[key] = choose()
-        chosen = self._chosen[key]
-        packed = None if chosen is None else candidates[chosen]
+        """Keep the fastest of the candidates that hold the parity rule, from the first of ``groups`` where
+        any does, or, where ``plain`` is given, nothing if that is faster."""
+        candidates = [pack for group in groups for pack in group]
+        key = (name, *(_kind(value) for value in a))
+        if key not in self._places:
+            self._places[key] = _choose(op, a, run, groups, plain, floor)
+        chosen = self._places[key]
+        packed = None if chosen is None else candidates[chosen]()
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if packed is None else packed.name)
         if packed is not None:
             _mkldnn.keep(a.weight, packed)
 
 
+def _choose(
+    op: Op[torch.Tensor],
+    a: Any,
+    run: Callable[[Any, Any], torch.Tensor],
+    groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
+    plain: Callable[[], object] | None,
+    floor: float | torch.Tensor,
+) -> int | None:
+    """The place of the chosen candidate among all of ``groups``; None is PyTorch itself."""
+    first = 0
+    for group in groups:
+        made = {first + i: pack() for i, pack in enumerate(group)}
+        right = [i for i, packed in made.items() if _holds_parity(op, a, run, packed, floor)]
+        first += len(group)
+        if right:
+            calls = [functools.partial(run, a, made[i]) for i in right]
+            if plain is not None:
+                return [None, *right][_fastest([plain, *calls])]
+            return right[_fastest(calls) if len(right) > 1 else 0]
+    return None
+
+
 def _multiply(a: linear.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
     return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
+
+
+def _convolve(a: conv_bn_relu.Arguments, packed: _mkldnn.AnyPacked) -> torch.Tensor:
+    x = normalize(a.x, a.mean, a.std, a.weight.dtype)
+    return conv_bn_relu.run_packed(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
 
 
 def _kind(value: object) -> Hashable:

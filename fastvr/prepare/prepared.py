@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from fastvr import backend
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
-from fastvr.prepare.cpu import pack_weights
+from fastvr.ops._pass import running
+from fastvr.prepare.cpu import is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
 from fastvr.prepare.measured import measure_unknown
@@ -100,11 +102,12 @@ class PreparedModel:
             snapshot = folded_if_faster(plain, example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
-            if device.type == "cpu":
-                pack_weights(snapshot, example)
+            chosen = pack_weights(snapshot, example) if device.type == "cpu" else frozenset()
             wanted = device.type == "cuda" and self._batch_sizes
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation
+        self._chosen = chosen
+        self._unobserved = device.type == "cpu" and is_known(snapshot)
 
     @property
     def captured(self) -> bool:
@@ -128,6 +131,15 @@ class PreparedModel:
         with torch.no_grad():
             if graphs is not None and graphs.takes(x):
                 return graphs.replay(x)
+            if (
+                self._unobserved
+                and x.device.type == "cpu"
+                and backend.current_backend() == "auto"
+                and not torch.is_autocast_enabled("cpu")
+                and type(x) is torch.Tensor
+            ):
+                with running(x, self._chosen):
+                    return self._snapshot(x)
             return self._snapshot(x)
 
     def refresh(self) -> None:

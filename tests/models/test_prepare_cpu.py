@@ -86,7 +86,7 @@ def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monk
 
     def spoil(module, name: str) -> None:
         right = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: right(*args) * 1.001)
+        monkeypatch.setattr(module, name, lambda *args, **given: right(*args, **given) * 1.001)
 
     spoil(_mkldnn, "linear")
     spoil(_mkldnn, "conv_bn_relu")
@@ -94,6 +94,23 @@ def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monk
     model = tiny(kind)
     prepared = fastvr.prepare(model, images())
     assert not _packed(prepared)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        assert_parity(prepared(images()), model(images()), truth_model(model)(images().double()))
+
+
+def test_sums_that_are_not_exact_enough_are_cut(choose, tiny_vit, images, monkeypatch) -> None:
+    choose(1)
+    right = _mkldnn.linear
+    monkeypatch.setattr(cpu, "_MOST_TERMS", 16)
+
+    def spoil(x, packed, *args):
+        return right(x, packed, *args) * (1 if packed.parts else 1.001)
+
+    monkeypatch.setattr(_mkldnn, "linear", spoil)
+    model = tiny_vit()
+    prepared = fastvr.prepare(model, images())
+    assert _packed(prepared)
+    assert all(packed.parts for packed in _packed(prepared))
     with torch.no_grad(), fastvr.use_backend("reference"):
         assert_parity(prepared(images()), model(images()), truth_model(model)(images().double()))
 

@@ -73,6 +73,38 @@ def test_linear(layout, residual, gamma, act, dtype) -> None:
         assert_parity(actual, eager, exact, absolute_floor=floor)
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gamma", [False, True], ids=["", "gamma"])
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("columns", "most"), [(100, 48), (96, 32), (130, 129), (17, 16)])
+def test_linear_in_parts(columns, most, residual, gamma, act) -> None:
+    x, weight, bias = randn(3, 20, columns), randn(40, columns) * columns**-0.5, randn(40)
+    other = None if residual is None else randn(3, 20, 40, dtype=residual)
+    args = (x, weight, bias, randn(40) if gamma else None, other, act)
+    packed = _mkldnn.pack_linear(weight, 60, most_terms=most)
+    assert len(packed.parts) == -(-columns // packed.terms) > 1
+    assert packed.terms % 16 == 0
+    _mkldnn.keep(weight, packed)
+    with backend.observe() as ran:
+        actual = linear(x, weight, bias, gamma=args[3], residual=other, act=act)
+    assert ran == {("linear", "mkldnn"): 1}
+    floor = GELU_TAIL * (args[3].abs().double() if gamma else 1) if act == "gelu" else 0.0
+    assert_parity(actual, linear_reference(*args), linear_reference(*_double(args)), absolute_floor=floor)
+
+
+def test_parts_have_the_smaller_error() -> None:
+    x, weight = randn(64, 3072), randn(128, 3072) * 3072**-0.5
+    exact = x.double() @ weight.double().T
+
+    def error(packed) -> float:
+        return float((_mkldnn.linear(x, packed, None, None, None, "none") - exact).square().mean())
+
+    whole = _mkldnn.pack_linear(weight, 64)
+    assert error(_mkldnn.pack_linear(weight, 64, most_terms=256)) < error(whole)
+    # nothing to cut
+    assert not _mkldnn.pack_linear(weight, 64, most_terms=3072).parts
+
+
 @pytest.mark.parametrize("rows", [(0,), (1,), (7,), (2, 0), (1, 1), (300,), ()])
 def test_any_number_of_rows(rows) -> None:
     weight, bias = randn(40, 24), randn(40)
