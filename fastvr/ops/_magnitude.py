@@ -66,6 +66,12 @@ def carry_on(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y if run is None else carry(y, _known(x, run))
 
 
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether it is known in this pass that no number of ``x`` is infinite or NaN."""
+    run = current()
+    return run is not None and _known(x, run) is not None
+
+
 def _bound(gain: Gain, x: float | None, residual: float | None) -> float | None:
     return None if x is None or residual is None else gain.slope * x + gain.offset + residual
 
