@@ -12,6 +12,7 @@ import torch
 from fastvr import backend
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
+from fastvr.ops._magnitude import without_marks
 from fastvr.ops._pass import running
 from fastvr.prepare.cpu import is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
@@ -133,13 +134,13 @@ class PreparedModel:
                 return graphs.replay(x)
             if (
                 self._unobserved
+                and type(x) is torch.Tensor
                 and x.device.type == "cpu"
                 and backend.current_backend() == "auto"
                 and not torch.is_autocast_enabled("cpu")
-                and type(x) is torch.Tensor
             ):
                 with running(x, self._chosen):
-                    return self._snapshot(x)
+                    return without_marks(self._snapshot(x))
             return self._snapshot(x)
 
     def refresh(self) -> None:
