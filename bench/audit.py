@@ -96,6 +96,13 @@ def kinds(op: str) -> list[cases.Case]:
         ]
         grouped = cases.Case.of(op, "3x3 groups=32", **dict(first.sizes) | {"groups": 32})
         return [first, *found.values(), grouped]
+    if op in ("attention_backward", "attention_kv_backward"):
+        # a few keys make a kernel of their own
+        few = [
+            cases.Case.of(op, f"{case.label}, 7 keys", **dict(case.sizes) | {"tokens": 7})
+            for case in found.values()
+        ]
+        return [*found.values(), *few]
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""The gradient of attention over packed keys and values, in two launches, without atomics.
+"""The gradient of attention over packed keys and values, in two launches or one, without atomics.
 
 With p = exp2(scale * log2(e) * q k' - lse), where lse is the base-2 log-sum-exp that the forward pass left,
 and delta = rowsum(grad * y): dv = p' grad, ds = p * (grad v' - delta), dq = scale * ds k, dk = scale * ds' q
@@ -12,6 +12,11 @@ The first launch leaves delta. It reads grad and y once; inside the second launc
 read y again beside q and grad, half as many loads again in a loop that is short of registers. In the second
 one a program takes BLOCK_M keys of one head and walks its queries, or BLOCK_M queries and walks their keys:
 both read the same q, k, v and grad, so that one launch fetches them from memory once.
+
+Up to TAIL keys are one block, and there is no first launch: the second takes the softmax anew, and delta as
+rowsum(p * dp). Delta by way of y has the roundings of y and of another product's sums, and where one key has
+nearly all of p, dp - delta is little else. PyTorch's backward pass through the weights themselves, which is
+its own with dropout, does not have them; among many rows others outweigh such a one, among a few it shows.
 
 Layouts are the forward kernel's, and so are its whole blocks without masks and its tail in steps of 16.
 """
@@ -45,6 +50,25 @@ def _rows(ptrs, rows, columns, MASKED: tl.constexpr, EVEN_D: tl.constexpr):
 
 
 @triton.jit
+def _softmax(scores, keys, scale_log2, AXIS: tl.constexpr):
+    """Of whole rows, without lse and its rounding. The division is exact: a key that has all of p has 1."""
+    scores = tl.where(keys, scores, float("-inf"))
+    p = tl.exp2((scores - tl.expand_dims(tl.max(scores, AXIS), AXIS)) * scale_log2)
+    return tl.div_rn(p, tl.expand_dims(tl.sum(p, AXIS), AXIS))
+
+
+@triton.jit
+def _centred(p, dp, keys, AXIS: tl.constexpr):
+    """dp less its mean by p, of whole rows. Where one key has nearly all of p they nearly cancel: what the
+    first mean lost by rounding, the second takes away."""
+    dp = tl.where(keys, dp, 0.0)
+    dp -= tl.expand_dims(tl.sum(p * dp, AXIS), AXIS)
+    lost = tl.sum(p * dp, AXIS)
+    # beside an infinite mean it is NaN, and nothing is lost
+    return dp - tl.expand_dims(tl.where(lost == lost, lost, 0.0), AXIS)
+
+
+@triton.jit
 def _add_queries(
     k,
     v,
@@ -53,6 +77,7 @@ def _add_queries(
     lse_ptrs,
     delta_ptrs,
     queries,
+    keys,
     columns,
     dk,
     dv,
@@ -66,20 +91,25 @@ def _add_queries(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What one block of queries adds to dk / scale and dv of a block of keys; scores are transposed."""
     q = _rows(q_ptrs, queries, columns, MASKED, EVEN_D)
     grad = _rows(grad_ptrs, queries, columns, MASKED, EVEN_D)
-    if MASKED:
-        lse = tl.load(lse_ptrs, mask=queries, other=0.0)
-        delta = tl.load(delta_ptrs, mask=queries, other=0.0)
-    else:
-        lse = tl.load(lse_ptrs)
-        delta = tl.load(delta_ptrs)
+    if not WHOLE_ROWS:
+        if MASKED:
+            lse = tl.load(lse_ptrs, mask=queries, other=0.0)
+            delta = tl.load(delta_ptrs, mask=queries, other=0.0)
+        else:
+            lse = tl.load(lse_ptrs)
+            delta = tl.load(delta_ptrs)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = tl.exp2(scores * scale_log2 - lse[None, :])
+    if WHOLE_ROWS:
+        p = _softmax(scores, keys[:, None], scale_log2, 0)
+    else:
+        p = tl.exp2(scores * scale_log2 - lse[None, :])
     if MASKED:
         # an infinite key would make NaN of a missing query's zeros
         p = tl.where(queries[None, :], p, 0.0)
@@ -90,7 +120,11 @@ def _add_queries(
         dp = tl.where(stays, dp * keep_scale, 0.0)
     else:
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
+    if WHOLE_ROWS:
+        dp = _centred(p, dp, keys[:, None], 0)
+    else:
+        dp -= delta[None, :]
+    ds = p * dp
     if MASKED:
         ds = tl.where(queries[None, :], ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -118,6 +152,7 @@ def _add_keys(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -125,12 +160,19 @@ def _add_keys(
     k = _rows(k_ptrs, keys, columns, MASKED, EVEN_D)
     v = _rows(v_ptrs, keys, columns, MASKED, EVEN_D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(scores * scale_log2 - lse[:, None])
+    if WHOLE_ROWS:
+        p = _softmax(scores, keys[None, :], scale_log2, 1)
+    else:
+        p = tl.exp2(scores * scale_log2 - lse[:, None])
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     if seed_ptr is not None:
         stays = kept(seed_ptr, plane, first_query, first_key, threshold, QUERIES, KEYS)
         dp = tl.where(stays, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
+    if WHOLE_ROWS:
+        dp = _centred(p, dp, keys[None, :], 1)
+    else:
+        dp -= delta[:, None]
+    ds = p * dp
     if MASKED:
         ds = tl.where(keys[None, :], ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -171,7 +213,7 @@ def _attention_bwd_kernel(
     q_ptr,  # [B, M, H, D]
     k_ptr,  # [B, N, 2, H, D]: keys, then values
     lse_ptr,  # [B, H, M] float32
-    delta_ptr,  # [B, H, M] float32
+    delta_ptr,  # [B, H, M] float32, or None: N <= TAIL, a block holds whole rows
     dq_ptr,  # [B, M, H, D] in rows of DQ_WIDTH, or None
     dk_ptr,  # [B, N, 2, H, D] in rows of DK_WIDTH, as k; or None
     seed_ptr,  # [2] int64, or None: no dropout
@@ -224,7 +266,10 @@ def _attention_bwd_kernel(
     q_head = q_ptr + sample * stride_qb + head * HEAD_DIM
     k_head = k_ptr + sample * stride_kb + KEY_COLUMN + head * HEAD_DIM
     lse_head = lse_ptr + (sample * NUM_HEADS + head) * M
-    delta_head = delta_ptr + (sample * NUM_HEADS + head) * M
+    WHOLE_ROWS: tl.constexpr = delta_ptr is None
+    delta_head = lse_head  # and what is read there is not used
+    if not WHOLE_ROWS:
+        delta_head = delta_ptr + (sample * NUM_HEADS + head) * M
     step_g = tl.cast(stride_gm, tl.int64)
     step_q = tl.cast(stride_qm, tl.int64)
     step_k = tl.cast(stride_kn, tl.int64)
@@ -245,18 +290,18 @@ def _attention_bwd_kernel(
             for start in range(0, whole, BLOCK_N):
                 dk, dv = _add_queries(
                     k, v, q_head + start * step_q + q_block, grad_head + start * step_g + g_block,
-                    lse_head + start + offs_n, delta_head + start + offs_n, offs_n < M, columns, dk, dv,
-                    scale_log2, seed_ptr, plane, start, first, threshold, keep_scale, BLOCK_N, BLOCK_M, False,
-                    EVEN_D, PRECISION,
+                    lse_head + start + offs_n, delta_head + start + offs_n, offs_n < M,
+                    offs_m < N - first, columns, dk, dv, scale_log2, seed_ptr, plane, start, first, threshold,
+                    keep_scale, BLOCK_N, BLOCK_M, False, WHOLE_ROWS, EVEN_D, PRECISION,
                 )  # fmt: skip
             q_tail = offs_t[:, None] * stride_qm + offs_d[None, :]
             g_tail = offs_t[:, None] * stride_gm + offs_d[None, :]
             for start in tl.range(whole, M, TAIL, num_stages=1):
                 dk, dv = _add_queries(
                     k, v, q_head + start * step_q + q_tail, grad_head + start * step_g + g_tail,
-                    lse_head + start + offs_t, delta_head + start + offs_t, start + offs_t < M, columns, dk,
-                    dv, scale_log2, seed_ptr, plane, start, first, threshold, keep_scale, TAIL, BLOCK_M, True,
-                    EVEN_D, PRECISION,
+                    lse_head + start + offs_t, delta_head + start + offs_t, start + offs_t < M,
+                    offs_m < N - first, columns, dk, dv, scale_log2, seed_ptr, plane, start, first, threshold,
+                    keep_scale, TAIL, BLOCK_M, True, WHOLE_ROWS, EVEN_D, PRECISION,
                 )  # fmt: skip
             dk_head = dk_ptr + (sample * N + first) * DK_WIDTH + KEY_COLUMN + head * HEAD_DIM
             dk_ptrs = dk_head + (offs_m[:, None] * DK_WIDTH + offs_d[None, :])
@@ -282,16 +327,16 @@ def _attention_bwd_kernel(
                 k_ptrs = k_head + start * step_k + k_block
                 dq = _add_keys(
                     q, grad, lse, delta, k_ptrs, k_ptrs + WIDTH, offs_n < N, columns, dq, scale_log2,
-                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, BLOCK_N, False, EVEN_D,
-                    PRECISION,
+                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, BLOCK_N, False,
+                    WHOLE_ROWS, EVEN_D, PRECISION,
                 )  # fmt: skip
             k_tail = offs_t[:, None] * stride_kn + offs_d[None, :]
             for start in tl.range(whole, N, TAIL, num_stages=1):
                 k_ptrs = k_head + start * step_k + k_tail
                 dq = _add_keys(
                     q, grad, lse, delta, k_ptrs, k_ptrs + WIDTH, start + offs_t < N, columns, dq, scale_log2,
-                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, TAIL, True, EVEN_D,
-                    PRECISION,
+                    seed_ptr, plane, first, start, threshold, keep_scale, BLOCK_M, TAIL, True,
+                    WHOLE_ROWS, EVEN_D, PRECISION,
                 )  # fmt: skip
             dq_head = dq_ptr + (sample * M + first) * DQ_WIDTH + head * HEAD_DIM
             dq_ptrs = dq_head + (offs_m[:, None] * DQ_WIDTH + offs_d[None, :])
@@ -307,10 +352,16 @@ def _tile(m: int, n: int, num_warps: int, num_stages: int) -> dict[str, int]:
 
 
 def candidate_configs(
-    dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
 ) -> list[dict[str, int]]:
     """Configurations that fit ``arch`` for this head_dim; the first is the default. BLOCK_M rows are a
-    program's own, BLOCK_N those it walks at a time."""
+    program's own, BLOCK_N those it walks at a time. ``few``: at most ``TAIL`` keys."""
+    if few:
+        if arch == "sm_100" and 32 < head_dim <= 64:
+            # ptxas holds the others to few registers, for the sake of one program more, and spills
+            return [_tile(16, 16, 2, 1)]
+        # no larger than need be: the rows' sums and their division take registers too
+        return [_tile(16, 16, 4, 1) if dtype == torch.float32 else _tile(16, 32, 2, 1)]
     if arch == "interpreter":
         return [_tile(128, 64, 4, 1), _tile(64, 128, 4, 1)]
     wide = head_dim > 64
@@ -338,8 +389,10 @@ def candidate_configs(
     return [_tile(64, 64, 4, 2), _tile(64, 32, 4, 2), _tile(128, 64, 8, 2)]
 
 
-def default_config(dtype: torch.dtype, arch: str, *, head_dim: int, dropout: bool = False) -> dict[str, int]:
-    return candidate_configs(dtype, arch, head_dim=head_dim, dropout=dropout)[0]
+def default_config(
+    dtype: torch.dtype, arch: str, *, head_dim: int, few: bool = False, dropout: bool = False
+) -> dict[str, int]:
+    return candidate_configs(dtype, arch, head_dim=head_dim, few=few, dropout=dropout)[0]
 
 
 def launch_attention_bwd(
@@ -349,7 +402,7 @@ def launch_attention_bwd(
     kv: torch.Tensor,  # [B, N, 2 * H * D], or packed qkv [B, N, 3 * H * D]; last dimension contiguous
     y: torch.Tensor,  # [B, M, H * D], contiguous
     lse: torch.Tensor,  # [B, H, M] float32, contiguous
-    delta: torch.Tensor,  # as lse: a workspace
+    delta: torch.Tensor | None,  # as lse: a workspace; None where there are no more than TAIL keys
     dq: torch.Tensor | None,  # shaped as q, contiguous
     dkv: torch.Tensor | None,  # shaped as kv, contiguous; packed gradients are the same tensor twice
     num_heads: int,
@@ -365,18 +418,20 @@ def launch_attention_bwd(
         "HEAD_DIM": width // num_heads,
         "BLOCK_D": triton.next_power_of_2(width // num_heads),
     }
-    launch(
-        _attention_delta_kernel,
-        (B * num_heads * ceil_div(M, _DELTA["ROWS"]),),
-        _DELTA,
-        grad_ptr=grad,
-        y_ptr=y,
-        delta_ptr=delta,
-        M=M,
-        stride_gb=grad.stride(0),
-        stride_gm=grad.stride(1),
-        **heads,
-    )
+    assert delta is not None or N <= TAIL
+    if delta is not None:
+        launch(
+            _attention_delta_kernel,
+            (B * num_heads * ceil_div(M, _DELTA["ROWS"]),),
+            _DELTA,
+            grad_ptr=grad,
+            y_ptr=y,
+            delta_ptr=delta,
+            M=M,
+            stride_gb=grad.stride(0),
+            stride_gm=grad.stride(1),
+            **heads,
+        )
     own = (0 if dkv is None else ceil_div(N, config["BLOCK_M"])) + (
         0 if dq is None else ceil_div(M, config["BLOCK_M"])
     )
@@ -400,8 +455,7 @@ def launch_attention_bwd(
         stride_qm=q.stride(1),
         stride_kb=kv.stride(0),
         stride_kn=kv.stride(1),
-        # one score's softmax is 1 whatever the score: rounding must not leave it a gradient
-        scale=scale if N > 1 else 0.0,
+        scale=scale,
         scale_log2=scale * LOG2_E,
         threshold=0 if seed is None else threshold(dropout_p),
         keep_scale=keep_scale(dropout_p),

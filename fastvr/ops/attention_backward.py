@@ -1,5 +1,5 @@
 """attention_backward: attention's gradient, packed as qkv is; attention_kv_backward: attention_kv's. Two
-launches, deterministic."""
+launches, over a few keys one; deterministic."""
 
 from __future__ import annotations
 
@@ -75,25 +75,29 @@ def _launch(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> None:
+    from fastvr.kernels.attention import TAIL
     from fastvr.kernels.attention_backward import candidate_configs, default_config, launch_attention_bwd
 
     if a.y.numel() == 0:
         return
     arch, head_dim = backend.architecture(a.y.device), a.y.shape[-1] // a.num_heads
+    kind = {"few": a.kv.shape[1] <= TAIL, "dropout": seed is not None}
     config = tuning.config(
         op,
         key,
         a.y.device,
-        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
-        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim, dropout=seed is not None),
+        default=lambda: default_config(a.y.dtype, arch, head_dim=head_dim, **kind),
+        candidates=lambda: candidate_configs(a.y.dtype, arch, head_dim=head_dim, **kind),
     )
+    # over so few keys the kernel takes the rows' means where it needs them
+    delta = None if kind["few"] else backend.empty(a.lse.shape, dtype=torch.float32, device=a.y.device)
     launch_attention_bwd(
         grad=reachable(a.grad),
         q=reachable(a.q),
         kv=reachable(a.kv),
         y=a.y.contiguous(),
         lse=a.lse.contiguous(),
-        delta=backend.empty(a.lse.shape, dtype=torch.float32, device=a.y.device),
+        delta=delta,
         dq=dq,
         dkv=dkv,
         num_heads=a.num_heads,

@@ -119,6 +119,17 @@ def test_parity(n, p, dtype, device):
     check(randn(2, n, 3 * HEADS * 32, dtype=dtype, device=device), p, device=device)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 17])
+def test_peaked_scores_of_a_few_keys(n, dtype, device):
+    """One key takes nearly all, so that dp - delta is little but rounding; no other rows outweigh it."""
+    peaked = torch.tensor([3.0, 3.0, 1.0], dtype=dtype, device=device).repeat_interleave(HEADS * 32)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        qkv = (randn(4, n, 3 * HEADS * 32, dtype=dtype, device=device) * peaked).detach()
+        check(qkv, 0.1 if seed % 2 else 0.3, device=device)
+
+
 @pytest.mark.parametrize("p", [1e-300, 0.999, 1.0])
 def test_almost_nothing_and_almost_everything(p, device):
     check(randn(2, 20, 3 * HEADS * 32, device=device), p, device=device)
