@@ -133,10 +133,10 @@ class PreparedModel:
                 return graphs.replay(x)
             if (
                 self._unobserved
+                and type(x) is torch.Tensor
                 and x.device.type == "cpu"
                 and backend.current_backend() == "auto"
                 and not torch.is_autocast_enabled("cpu")
-                and type(x) is torch.Tensor
             ):
                 with running(x, self._chosen):
                     return self._snapshot(x)
