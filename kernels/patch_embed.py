@@ -210,7 +210,7 @@ def launch_patch_embed_fwd(
         "PATCH_H": patch_h,
         "PATCH_W": patch_w,
         "CHANNELS_LAST": channels_last,
-        "PACKED_WEIGHT": channels_last or weight[0].is_contiguous(),
+        "PACKED_WEIGHT": channels_last or weight.is_contiguous(),
         "STATS_CHUNK": STATS_CHUNK,
         "PRECISION": dot_precision(weight.dtype, convolution=True),
     }

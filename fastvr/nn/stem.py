@@ -19,7 +19,8 @@ from fastvr.nn.conv_bn_relu import (
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import Moves, track
-from fastvr.ops._magnitude import carry_on
+from fastvr.ops import _positive_pool
+from fastvr.ops._magnitude import carry_on, is_finite
 from fastvr.ops._pass import current
 from fastvr.ops.batch_norm_act_max_pool import batch_norm_act_max_pool, fuses_max_pool
 from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
@@ -50,7 +51,7 @@ def stem(
         mean = std = None
     if current() is not None:
         made = conv_bn_relu(conv, bn, relu, normalize(x, mean, std, dtype))
-        return carry_on(made, pool_map(maxpool, made))
+        return carry_on(made, _pooled(maxpool, relu, made))
     norm = batch_norm(bn)
     if (
         norm is not None
@@ -101,6 +102,21 @@ def stem_map(
     if _deep(conv):
         conv, x = _last_of_deep(conv, x)
     return conv_bn_relu(conv, bn, relu, x)
+
+
+def _pooled(maxpool: nn.Module, relu: nn.Module, made: torch.Tensor) -> torch.Tensor:
+    """``maxpool(made)`` of what ``relu`` gave in a prepared model's own pass on a CPU."""
+    if (
+        is_finite(made)
+        and plain(relu, nn.ReLU)
+        and plain_pool(maxpool)
+        and maxpool.kernel_size in (3, (3, 3))
+        and maxpool.stride in (2, (2, 2))
+        and maxpool.padding in (1, (1, 1))
+        and made.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return _positive_pool.max_pool(made)
+    return pool_map(maxpool, made)
 
 
 def _deep(conv: nn.Module) -> TypeGuard[nn.Sequential]:

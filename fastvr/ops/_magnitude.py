@@ -8,7 +8,8 @@ measured where that has grown too far, or nothing is known of them, as of an ima
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,6 +67,19 @@ def carry_on(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y if run is None else carry(y, _known(x, run))
 
 
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether it is known in this pass that no number of ``x`` is infinite or NaN."""
+    run = current()
+    return run is not None and _known(x, run) is not None
+
+
+def without_marks(result: Any) -> Any:
+    """``result``, a tensor or several, as it is handed out: nothing hangs on it that was carried."""
+    for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+        tensor.__dict__.pop(_NAME, None)
+    return result
+
+
 def _bound(gain: Gain, x: float | None, residual: float | None) -> float | None:
     return None if x is None or residual is None else gain.slope * x + gain.offset + residual
 
@@ -83,5 +97,5 @@ def _measured(x: torch.Tensor, run: Pass) -> float:
         found = max(-float(least), float(largest))
     if x is not run.image:
         # the caller's own is left as it is
-        carry(x, found)
+        carry(x, found if math.isfinite(found) else None)
     return found

@@ -121,10 +121,10 @@ class _Packer:
             return
         self._asked.add(key)
         run = functools.partial(_onednn_attention.attention, num_heads=a.num_heads, scale=a.scale)
-        plain = functools.partial(attention.ATTENTION.reference, *a[:3])
+        eager = functools.partial(attention.ATTENTION.reference, *a[:3])
         exact = attention.ATTENTION.reference(a.qkv[:1].double(), *a[1:3])
-        report = measure_parity(run(a.qkv[:1]), plain()[:1], exact)
-        if report.passed and _fastest([plain, functools.partial(run, a.qkv)]) == 1:
+        report = measure_parity(run(a.qkv[:1]), eager()[:1], exact)
+        if report.passed and _fastest([eager, functools.partial(run, a.qkv)]) == 1:
             self.chosen.add(key)
         logger.debug("prepare: %s runs in %s", key, "mkldnn" if key in self.chosen else "PyTorch")
 
@@ -147,8 +147,8 @@ class _Packer:
         floor: float | torch.Tensor = GELU_TAIL if a.act == "gelu" else 0.0
         if a.gamma is not None:
             floor = floor * a.gamma.abs().double()
-        run = functools.partial(linear.LINEAR.reference, *a)
-        self._keep("linear", linear.LINEAR, a, _multiply, [candidates, cut], plain=run, floor=floor)
+        eager = functools.partial(linear.LINEAR.reference, *a)
+        self._keep(linear.LINEAR, a, _multiply, [candidates, cut], eager=eager, floor=floor)
 
     def _convolution(self, a: conv_bn_relu.Arguments) -> None:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
@@ -159,25 +159,24 @@ class _Packer:
         ]
         if _winograd.takes(a.weight, a.stride, a.groups):
             candidates.append(lambda: _winograd.pack(a.weight, a.bn_weight, a.bn_bias))
-        self._keep("conv_bn_relu", conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates])
+        self._keep(conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates])
 
     def _keep(
         self,
-        name: str,
         op: Op[torch.Tensor],
         a: Any,
         run: Callable[[Any, Any], torch.Tensor],
         groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
         *,
-        plain: Callable[[], object] | None = None,
+        eager: Callable[[], object] | None = None,
         floor: float | torch.Tensor = 0.0,
     ) -> None:
         """Keep the fastest of the candidates that hold the parity rule, from the first of ``groups`` where
-        any does, or, where ``plain`` is given, nothing if that is faster."""
+        any does, or, where ``eager`` is given, nothing if that is faster."""
         candidates = [pack for group in groups for pack in group]
-        key = (name, *(_kind(value) for value in a))
+        key = (op.name, *(_kind(value) for value in a))
         if key not in self._places:
-            self._places[key] = _choose(op, a, run, groups, plain, floor)
+            self._places[key] = _choose(op, a, run, groups, eager, floor)
         chosen = self._places[key]
         packed = None if chosen is None else candidates[chosen]()
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if packed is None else packed.name)
@@ -190,7 +189,7 @@ def _choose(
     a: Any,
     run: Callable[[Any, Any], torch.Tensor],
     groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
-    plain: Callable[[], object] | None,
+    eager: Callable[[], object] | None,
     floor: float | torch.Tensor,
 ) -> int | None:
     """The place of the chosen candidate among all of ``groups``; None is PyTorch itself."""
@@ -201,8 +200,8 @@ def _choose(
         first += len(group)
         if right:
             calls = [functools.partial(run, a, made[i]) for i in right]
-            if plain is not None:
-                return [None, *right][_fastest([plain, *calls])]
+            if eager is not None:
+                return [None, *right][_fastest([eager, *calls])]
             return right[_fastest(calls) if len(right) > 1 else 0]
     return None
 

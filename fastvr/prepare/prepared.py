@@ -12,6 +12,7 @@ import torch
 from fastvr import backend
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
+from fastvr.ops._magnitude import without_marks
 from fastvr.ops._pass import running
 from fastvr.prepare.cpu import is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
@@ -139,7 +140,7 @@ class PreparedModel:
                 and not torch.is_autocast_enabled("cpu")
             ):
                 with running(x, self._chosen):
-                    return self._snapshot(x)
+                    return without_marks(self._snapshot(x))
             return self._snapshot(x)
 
     def refresh(self) -> None:

@@ -93,13 +93,14 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> str | None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps[width - 1 :], smooth, color="tab:blue", label="training loss")
-    axes.set(xlabel="step", ylabel="loss", title=title, xlim=(0, None), ylim=(0, None))
     ends = [row for row in rows if row.val_accuracy is not None]
     at = [row.step for row in ends]
     if ends:
         axes.plot(
             at, [row.val_loss or 0 for row in ends], color="tab:blue", linestyle="--", label="validation loss"
         )
+    # limits count what is drawn before them
+    axes.set(xlabel="step", ylabel="loss", title=title, xlim=(0, None), ylim=(0, None))
     handles = axes.get_legend_handles_labels()[0]
     if ends:
         right = axes.twinx()

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = {"vit_b_16": 90, "resnet50": 47}
+# launches of a plain and of a prepared call, and bytes of the prepared one
+LIMITS = {"vit_b_16": (90, 63, 5.1e9), "resnet50": (56, 47, 3.0e9)}
+# of a training step over eager's: FLOPs, bytes
+TRAINING = {"vit_b_16": (1.05, 0.65), "resnet50": (1.12, 0.80)}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,13 @@ def test_json_has_exactly_its_keys(written: tuple[Any, str]) -> None:
 
 def test_launches_and_bytes_are_within_the_budget(written: tuple[Any, str]) -> None:
     content, _ = written
-    for name, limit in LIMITS.items():
+    for name, (plain, prepared, size) in LIMITS.items():
         columns = content[name]
-        assert columns["fastvr"]["launches"] <= limit
-        assert columns["prepared"]["launches"] <= columns["fastvr"]["launches"]
+        assert columns["fastvr"]["launches"] <= plain
+        assert columns["prepared"]["launches"] <= min(prepared, columns["fastvr"]["launches"])
+        assert columns["prepared"]["bytes"] <= size
         assert columns["fastvr"]["bytes"] < columns["eager"]["bytes"]
         assert columns["prepared"]["bytes"] <= columns["fastvr"]["bytes"]
-    assert content["resnet50"]["prepared"]["bytes"] <= 3.0e9
 
 
 def test_table_names_the_models(written: tuple[Any, str]) -> None:
@@ -70,18 +73,23 @@ def test_json_on_standard_output_is_nothing_else(
     assert json.loads(capsys.readouterr().out) == short
 
 
-def test_a_training_step_is_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_step_is_within_its_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import cases
     import traffic
 
-    monkeypatch.setattr(cases, "MODELS", ("resnet50",))
+    monkeypatch.setattr(cases, "MODELS", (name,))
     short, _ = traffic.counts(64, train=True)
-    assert list(short["resnet50"]) == ["eager", "fastvr"]
-    eager, ours = short["resnet50"]["eager"], short["resnet50"]["fastvr"]
-    # three times the forward pass, but for the image's gradient
-    assert eager["flops"] == 64 * (3 * 8_178_368_512 - 236_027_904)
-    assert ours["flops"] <= 1.12 * eager["flops"]
-    assert ours["bytes"] <= 0.80 * eager["bytes"]
+    assert list(short[name]) == ["eager", "fastvr"]
+    eager, ours = short[name]["eager"], short[name]["fastvr"]
+    flops, size = TRAINING[name]
+    assert 0.5 * eager["flops"] < ours["flops"] <= flops * eager["flops"]
+    assert ours["bytes"] <= size * eager["bytes"]
     assert eager["launches"] > 0
-    # running statistics move together: launches for each would be a third of all
-    assert 0 < ours["launches"] < 450
+    if name == "resnet50":
+        # three times the forward pass, but for the image's gradient
+        assert eager["flops"] == 64 * (3 * 8_178_368_512 - 236_027_904)
+        # running statistics move together: launches for each would be a third of all
+        assert 0 < ours["launches"] < 450
+    else:
+        assert 0 < ours["launches"] < eager["launches"]

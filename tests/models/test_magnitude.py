@@ -95,6 +95,7 @@ def test_only_what_is_unknown_or_too_large_is_measured(measured) -> None:
         assert measured == [(2, 16, 9, 7)]
         z = run_packed(y, square, (1, 1), (0, 0), 1, "relu", None)
         assert len(measured) == 1
+        assert _magnitude.is_finite(z)
         # 1e40 and more might come out, and does
         w = run_packed(z, square, (1, 1), (0, 0), 1, "relu", None)
         assert measured[1:] == [(2, 32, 9, 7)]
@@ -164,6 +165,20 @@ def test_large_but_finite_numbers_hold_parity(tiny, images) -> None:
     prepared = fastvr.prepare(model, x)
     with fastvr.use_backend("reference"):
         assert_parity(prepared(x), model(x), truth_model(model)(x.double()))
+
+
+def test_nothing_hangs_on_what_is_handed_out(tiny, images) -> None:
+    model = tiny("bottleneck")
+    x = images(2)
+    backbone = fastvr.prepare(fastvr.Backbone(model, (0, 1, 2, 3, 4)), x)
+    features = fastvr.prepare(fastvr.Backbone(model, (4,)), x)(x)
+    for y in (*backbone(x), *features, fastvr.prepare(model, x)(x), x):
+        assert not y.__dict__
+
+
+def test_what_is_no_tensor_is_named(tiny, images) -> None:
+    with pytest.raises(ValueError, match="x must be"):
+        fastvr.prepare(tiny("basic"), images())(images().numpy())
 
 
 def test_modules_of_others_are_not_followed(tiny, images, monkeypatch) -> None:

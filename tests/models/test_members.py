@@ -57,7 +57,8 @@ def trained(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
 def test_values_and_gradients_are_timms(mode, pair, images, device) -> None:
     name, ours, theirs = pair
-    ours, theirs, x = ours.to(device), theirs.to(device), images(3, ours.img_size).to(device)
+    # of few rows, as the class tokens of a small batch are, PyTorch's products on a CPU have larger errors
+    ours, theirs, x = ours.to(device), theirs.to(device), images(6, ours.img_size).to(device)
     with fastvr.use_backend("reference"):
         (values, gradients), (exact, truth) = trained(theirs, x), trained(truth_model(theirs), x.double())
     with fastvr.use_backend(mode), backend.observe() as ran:

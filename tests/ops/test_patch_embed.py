@@ -236,6 +236,26 @@ def test_parameter_layouts(part, device):
         torch.testing.assert_close(patch_embed(**given), patch_embed(**given | {part: plain}), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("part", ["three of four", "every second", "expanded", "turned", "one"])
+def test_weights_that_are_part_of_another(part, channels_last, device):
+    given = inputs((2, 3, 16, 24), 20, 8, torch.float32, device)
+    wide = randn(40, 4, 8, 8, device=device) * 192**-0.5
+    if channels_last:
+        given["x"] = given["x"].to(memory_format=torch.channels_last)
+        wide = wide.to(memory_format=torch.channels_last)
+    given["weight"] = {
+        "three of four": lambda: wide[:20, 1:],
+        "every second": lambda: wide[::2, :3],
+        "expanded": lambda: wide[:1, :3].expand(20, 3, 8, 8),
+        "turned": lambda: wide[:20, :3].transpose(2, 3),
+        "one": lambda: wide[7:8, :3],
+    }[part]()
+    if part == "one":
+        given |= {"bias": None, "pos_embed": None, "prefix_tokens": None}
+    check(given)
+
+
 def test_the_result_is_contiguous_and_the_leading_one_of_pos_embed_is_taken(device):
     given = inputs((2, 3, 16, 24), 20, 8, torch.float32, device)
     batched = given | {"pos_embed": given["pos_embed"][None]}

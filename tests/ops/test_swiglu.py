@@ -14,7 +14,7 @@ from contract import (
 )
 
 from fastvr import backend, tuning
-from fastvr.ops.swiglu import SWIGLU_BACKWARD, swiglu
+from fastvr.ops.swiglu import SWIGLU, SWIGLU_BACKWARD, swiglu
 from fastvr.reference.swiglu import swiglu as reference
 from fastvr.testing import check_op
 
@@ -75,6 +75,30 @@ def test_strided_inputs(device):
     check(wide[:, ::2, 10:74], backward=False)
     check(wide.transpose(1, 2)[..., :4], backward=False)
     check(wide[:1].expand(3, 6, 200), backward=False)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_strided_upstream_gradients(n, device):
+    x = randn(4, 3, 2 * n, device=device, requires_grad=True)
+    expected = reference(x)
+    for grad in (
+        randn(4, 3, 2 * n, device=device)[..., ::2],
+        randn(4, 3, n + 1, device=device)[..., 1:],
+        randn(3, 4, n, device=device).transpose(0, 1),
+        randn(1, 1, n, device=device).expand(4, 3, n),
+        randn(4, 3, 1, device=device).expand(4, 3, n),
+    ):
+        with triton_forced():
+            (dx,) = torch.autograd.grad(swiglu(x), x, grad)
+        (wanted,) = torch.autograd.grad(expected, x, grad, retain_graph=True)
+        torch.testing.assert_close(dx, wanted)
+
+
+def test_registrations(device):
+    x = randn(3, 20, device=device, requires_grad=True)
+    with triton_forced():
+        torch.library.opcheck(SWIGLU.overload, (x,))
+        torch.library.opcheck(SWIGLU_BACKWARD.overload, (randn(3, 10, device=device), x.detach()))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)

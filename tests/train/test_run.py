@@ -112,6 +112,25 @@ def test_the_curve_is_an_image(tmp_path: Path) -> None:
         assert image.size == (960, 540)
 
 
+def test_the_curve_has_room_for_a_validation_loss_above_all_others(tmp_path: Path, monkeypatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure,
+        "savefig",
+        lambda self, *args, **given: (drawn.append(self), save(self, *args, **given)),
+    )
+    rows = [
+        record.Row(1, 1, 0.1, 0.5),
+        record.Row(2, 1, 0.1, 0.4, 3.0, 0.2),
+        record.Row(3, 2, 0.1, 0.3, 2.0, 0.3),
+    ]
+    record.draw(rows, tmp_path / "curve.png", "overfitting")
+    assert drawn[0].axes[0].get_ylim()[0] == 0
+    assert drawn[0].axes[0].get_ylim()[1] >= 3
+
+
 def test_a_complete_run_can_be_resumed(done: Path) -> None:
     before = (done / "losses.csv").read_bytes(), (done / "model.safetensors").read_bytes()
     result = train("--out", done, "--resume")
