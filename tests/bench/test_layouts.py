@@ -58,8 +58,6 @@ def test_every_argument_in_any_layout(op: str) -> None:
     kernel, reference = (functools.partial(_call, mode, function) for mode in ("triton", "reference"))
     arguments, floor = inputs.make(case, torch.bfloat16, "cpu"), inputs.absolute_floor(case)
     for name, changed in _changed(arguments):
-        if op.startswith("patch_embed") and name == "weight":
-            continue  # in tests/ops/test_patch_embed.py
         with torch.no_grad():
             check_op(
                 kernel, reference, changed, backward=False, sample_dim=None, absolute_floor=floor, name=name
