@@ -12,6 +12,7 @@ from typing import Any
 
 REAL_BATCH = 64
 MODELS: tuple[str, ...] = ("vit_b_16", "resnet50")
+MORE_MODELS: tuple[str, ...] = ("vit_s_16", "vit_l_16")  # benchmarked alone, at the largest batch
 DTYPES = ("float32", "float16", "bfloat16")
 # what a model's layers are tuned and measured at
 BATCHES = (1, 64, 256)

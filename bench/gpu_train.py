@@ -211,9 +211,17 @@ def bench(session: Session, content: dict[str, Any], save: Callable[[], None], *
     for name in cases.MODELS:
         if session.left() <= (_COMPILE_SECONDS if compiling and not session.small else 0):
             return False
-        row = _row(name, batch, session, compiling=compiling)
-        content["training"][f"{name} training b{batch}"] = row
+        label = f"{name} training b{batch}"
+        try:
+            row = _row(name, batch, session, compiling=compiling)
+        except Exception as error:
+            session.say(f"bench FAILED {label}: {describe(error)}")
+            # what an earlier round has measured stays
+            content["training"].setdefault(label, {"fastvr": {"error": describe(error)}})
+            save()
+            continue
+        content["training"][label] = row
         save()
         speeds = (f"{c} {v['images_per_s']:g}/s" for c, v in row.items() if "images_per_s" in v)
-        session.say(f"bench {name} training b{batch}: " + ", ".join(speeds))
+        session.say(f"bench {label}: " + ", ".join(speeds))
     return True

@@ -1,4 +1,4 @@
-"""ViT-B/16 and ResNet-50 (small ones for a CPU) as people use them now, and as fastvr has them.
+"""ViTs and ResNet-50 (small ones for a CPU) as people use them now, and as fastvr has them.
 
 The eager baseline is timm's ViT and torchvision's ResNet with the same weights; where those are not installed
 it is our model on the reference backend, which is PyTorch call for call.
@@ -40,7 +40,14 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _vit_sizes(small: bool) -> dict[str, Any]:
+_VITS: dict[str, dict[str, Any]] = {
+    "vit_s_16": {"embed_dim": 384, "num_heads": 6},
+    "vit_b_16": {},
+    "vit_l_16": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+def _vit_sizes(name: str, small: bool) -> dict[str, Any]:
     if small:
         return {
             "img_size": 32,
@@ -50,14 +57,14 @@ def _vit_sizes(small: bool) -> dict[str, Any]:
             "num_heads": 3,
             "num_classes": 10,
         }
-    return {}
+    return _VITS[name]
 
 
 def _ours(name: str, small: bool, train: bool) -> nn.Module:
     import fastvr
 
-    if name == "vit_b_16":
-        return fastvr.ViT(**_vit_sizes(small))
+    if name in _VITS:
+        return fastvr.ViT(**_vit_sizes(name, small))
     if small and train:
         # ResNet-50's blocks, shallow and narrow: the interpreter runs them backward too
         return fastvr.ResNet(fastvr.nn.residual.Bottleneck, (1, 1, 1, 1), num_classes=10, width=8)
@@ -65,10 +72,10 @@ def _ours(name: str, small: bool, train: bool) -> nn.Module:
 
 
 def _peer(name: str, small: bool, train: bool) -> tuple[nn.Module | None, str]:
-    if name == "vit_b_16" and _installed("timm"):
+    if name in _VITS and _installed("timm"):
         from timm.models.vision_transformer import VisionTransformer
 
-        return VisionTransformer(**_vit_sizes(small)), "timm"
+        return VisionTransformer(**_vit_sizes(name, small)), "timm"
     # torchvision's begin with 64 channels, whatever follows
     if name == "resnet50" and _installed("torchvision") and not (small and train):
         from torchvision.models import resnet18, resnet50

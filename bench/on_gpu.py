@@ -81,7 +81,7 @@ def restrict(args: argparse.Namespace) -> None:
     if unknown := set(args.op) - set(cases.OPS):
         raise SystemExit(f"--op takes {', '.join(cases.OPS)}; got {', '.join(sorted(unknown))}")
     cases.OPS = tuple(op for op in cases.OPS if op in args.op)
-    cases.MODELS = ()
+    cases.MODELS = cases.MORE_MODELS = ()
 
 
 def measure(args: argparse.Namespace, device: object) -> int:
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, device: object) -> int:
     import gpu_tune
     import summary
     import torch
-    from session import Session
+    from session import Session, describe
 
     assert isinstance(device, torch.device)
     hits, small = gpu_cache.Hits(), device.type == "cpu"
@@ -119,7 +119,12 @@ def measure(args: argparse.Namespace, device: object) -> int:
             samples=args.samples or (gpu_parity.SAMPLES_SMALL if small else gpu_parity.SAMPLES),
         )
         before = time.monotonic()
-        failures += runs[step](session)
+        try:
+            failures += runs[step](session)
+        except Exception as error:
+            # the other steps may still have something to say
+            failures += 1
+            session.say(f"{step} FAILED as a whole: {describe(error)}")
         print(f"{step} took {time.monotonic() - before:.0f} s", flush=True)
         if device.type == "cuda":
             print(hits, flush=True)

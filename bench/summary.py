@@ -82,8 +82,9 @@ def _bench(content: dict[str, Any]) -> list[str]:
             lines.append(f"    {column:26}{latency:>10.3f} ms{found['images_per_s']:>12.1f} images/s{rest}")
         for goal in row.get("goals", ()):
             word = "holds" if goal["holds"] else "MISSED"
-            against = "images/s" if goal["against"] == "images/s" else f"x {goal['against']}"
-            lines.append(f"    {word}: {goal['value']:.5g} {against}, goal {goal['limit']:g}")
+            against = goal["against"] if goal["against"] in ("images/s", "ms") else f"x {goal['against']}"
+            column = f"{goal['column']} " if "column" in goal else ""
+            lines.append(f"    {word}: {column}{goal['value']:.5g} {against}, goal {goal['limit']:g}")
     if content["gpu"] == "cpu":
         return lines
     return lines + _slowest(content["ops"]) + _slower(content)

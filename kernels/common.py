@@ -194,8 +194,21 @@ def sum_shares(
     return tl.sum(total, 0)
 
 
+# what rounding to float32 takes from 1 / 255
+_REST = tl.constexpr(-2.319175823606301e-10)
+
+
 @triton.jit
-def normalize(x, mean, std):
-    """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element."""
+def normalize(x, mean, std, EXACT: tl.constexpr = False):
+    """``(x / 255 - mean) / std`` of uint8 ``x``, float32; one multiply-add an element.
+
+    EXACT: for what is not rounded to 16 bits afterwards. Where x / 255 is near the mean, one multiply-add
+    keeps the rounding of both: its RMS error is 2 to 5 times PyTorch's."""
     scale = 1.0 / std.to(tl.float32)
-    return x.to(tl.float32) * (scale * (1.0 / 255.0)) - mean.to(tl.float32) * scale
+    x = x.to(tl.float32)
+    mean = mean.to(tl.float32)
+    if EXACT:
+        y = (x * (1.0 / 255.0) + (x * _REST - mean)) * scale
+    else:
+        y = x * (scale * (1.0 / 255.0)) - mean * scale
+    return y

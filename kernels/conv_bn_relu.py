@@ -269,7 +269,7 @@ def _conv_bn_relu_fwd_kernel(
             image_channels = group * C + channels
             mean = tl.load(mean_ptr + image_channels, mask=inside, other=0.0)
             std = tl.load(std_ptr + image_channels, mask=inside, other=1.0)
-            x = normalize(x, mean[None, :], std[None, :])
+            x = normalize(x, mean[None, :], std[None, :], weight_ptr.dtype.element_ty == tl.float32)
             if PADDED:
                 x = tl.where(mask, x, 0.0)
             x = x.to(weight_ptr.dtype.element_ty)

@@ -47,7 +47,8 @@ def _taps(
     mask = columns.to(tl.uint32) < limit.to(tl.uint32)[None, :]
     x = tl.load(pointers, mask=mask, other=0)
     if mean is not None:
-        x = tl.where(mask, normalize(x, mean[None, :], std[None, :]), 0.0).to(dtype)
+        x = normalize(x, mean[None, :], std[None, :], dtype == tl.float32)
+        x = tl.where(mask, x, 0.0).to(dtype)
     return x
 
 

@@ -197,10 +197,10 @@ def _backward_kernel(a: BackwardArguments) -> _Gradients:
     config = row_config("batch_norm_act_max_pool_backward", x)
     launch_batch_norm_act_max_pool_bwd(
         grad=a.grad.contiguous(memory_format=layout),
-        taps=a.taps,
+        taps=a.taps.contiguous(memory_format=layout),
         x=x,
-        mean=a.mean,
-        var=a.var,
+        mean=a.mean.contiguous(),
+        var=a.var.contiguous(),
         weight=a.weight.contiguous(),
         parts=reduction_parts(map_rows(x), 2, config),
         sums=backend.empty((2, x.shape[1]), dtype=torch.float32, device=device),

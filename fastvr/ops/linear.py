@@ -181,6 +181,8 @@ def gemm(
     from fastvr.kernels.linear import candidate_configs, default_config, launch_linear_fwd
 
     (m, k), n = x.shape, weight.shape[0]
+    if k * weight.stride(1) >= 2**31:
+        weight = weight.contiguous()  # as for x: the kernel steps along the features in 32 bits
     dtype, device = weight.dtype, y.device
     arch, dropout = backend.architecture(device), seed is not None
     config = tuning.config(

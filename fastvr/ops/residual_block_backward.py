@@ -73,7 +73,7 @@ def _reach(needs: frozenset[str], depth: int) -> tuple[list[bool], list[bool]]:
 def _kernel(a: BackwardArguments) -> list[torch.Tensor]:
     x, needs, (branch, shortcut) = a.forward.x, a.needs, as_block(a.forward)
     depth = len(branch)
-    statistics = split(a.statistics, as_block(a.forward).layers)
+    statistics = split(a.statistics.contiguous(), as_block(a.forward).layers)
     maps = [a.map1, a.map2, a.map3][:depth]
     inputs, results = _reach(needs, depth)
     found: dict[str, torch.Tensor] = {}
@@ -162,7 +162,7 @@ def _through_the_end(
     mean, var = statistics[depth - 1]
     launch_residual_block_bwd(
         grad=map_rows(a.grad),
-        signs=a.signs if a.signs.numel() else None,
+        signs=a.signs.contiguous() if a.signs.numel() else None,
         y=None if a.y is None else map_rows(a.y),
         z=map_rows(z),
         mean=mean,

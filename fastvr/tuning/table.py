@@ -20,8 +20,8 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -78,7 +78,8 @@ class Entry:
             ms = value.get(name)
             if ms is None and name != "ms":
                 continue
-            if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not (ms > 0 and math.isfinite(ms)):
+            # not math.isfinite, which an integer of 400 digits overflows
+            if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not 0 < ms <= sys.float_info.max:
                 raise ValueError(f"{name} is {ms!r}")
         if not isinstance(value.get("complete", True), bool):
             raise ValueError(f"complete is {value['complete']!r}")
@@ -128,7 +129,11 @@ def read(path: Path, gpu: str | None = None) -> Table:
     if not named or content["format"] != FORMAT:
         raise TableError(f"the tuning table {path} names no format that is known")
     checksum = content.pop("checksum", None)
-    if checksum != _checksum(content):
+    try:
+        expected = _checksum(content)
+    except RecursionError as error:  # brackets that could only just be read
+        raise TableError(f"the tuning table {path} is unreadable: {error}") from error
+    if checksum != expected:
         raise TableError(f"the tuning table {path} is damaged: its checksum does not match")
     card, arch, entries = (
         content.pop("gpu", None),

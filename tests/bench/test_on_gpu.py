@@ -36,6 +36,7 @@ def _one_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """One op with one configuration's worth of work; ``--op`` changes these for the process."""
     monkeypatch.setattr(cases, "OPS", ("layer_norm",))
     monkeypatch.setattr(cases, "MODELS", ())
+    monkeypatch.setattr(cases, "MORE_MODELS", ())
 
 
 def _session(out: Path, seconds: float = 60.0) -> Session:
@@ -96,6 +97,100 @@ def test_a_training_step_of_both_models(tmp_path: Path, monkeypatch: pytest.Monk
     text = summary.table(tmp_path, 1.0)
     assert "resnet50 training b2" in text
     assert "goal" not in text
+
+
+def test_what_fails_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    made = inputs.make
+    monkeypatch.setattr(cases, "OPS", ("swiglu", "layer_norm"))
+    monkeypatch.setattr(cases, "MODELS", ("vit_b_16", "resnet50"))
+    monkeypatch.setattr(gpu_parity, "run", broken)
+    monkeypatch.setattr(gpu_tune, "run", lambda session: 0)
+    monkeypatch.setattr(
+        inputs, "make", lambda case, *args: broken() if case.op == "swiglu" else made(case, *args)
+    )
+    monkeypatch.setattr(gpu_train, "_row", broken)
+    monkeypatch.setattr(
+        gpu_bench, "prepare", lambda model, x: broken() if isinstance(model, fastvr.ViT) else model
+    )
+    truth = gpu_bench.models.truth
+    monkeypatch.setattr(
+        gpu_bench.models, "truth", lambda pair, x: broken() if pair.name == "resnet50" else truth(pair, x)
+    )
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: model)
+    monkeypatch.setattr(on_gpu, "interpreted_again", lambda argv: None)
+    assert on_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--budget", "600"]) == 1
+    bench = _load(tmp_path / "bench.json")
+    vit, resnet = bench["models"]["vit_b_16 b2"], bench["models"]["resnet50 b2"]
+    assert all("images_per_s" in vit[column] for column in ("eager", "fastvr", "compile"))
+    assert "broken on purpose" in vit["prepared"]["error"]
+    assert "broken on purpose" in resnet["fastvr"]["error"]
+    assert all("broken on purpose" in row["fastvr"]["error"] for row in bench["training"].values())
+    swiglu, norm = (bench["ops"][f"{op}[ViT-Ti b2] bfloat16"] for op in ("swiglu", "layer_norm"))
+    assert "broken on purpose" in swiglu["fastvr"]["error"]
+    assert norm["fastvr"]["p50"] > 0
+    said = capsys.readouterr().out
+    assert "parity FAILED as a whole: RuntimeError: broken on purpose" in said
+    assert "bench (complete)" in said
+
+
+def test_every_model_of_the_goals_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {
+        name: (pair.ours.embed_dim, len(pair.ours.blocks), pair.ours.blocks[0].attn.num_heads)
+        for name in ("vit_s_16", "vit_b_16", "vit_l_16")
+        for pair in [gpu_bench.models.build(name, torch.bfloat16, "meta")]
+    }
+    assert shapes == {"vit_s_16": (384, 12, 6), "vit_b_16": (768, 12, 12), "vit_l_16": (1024, 24, 16)}
+    monkeypatch.undo()
+    wanted = {f"{name} b{batch}" for name in cases.MODELS for batch in gpu_bench.BATCHES}
+    wanted |= {f"{name} b{batch}" for name in cases.MORE_MODELS for batch in gpu_bench.BATCHES_MORE}
+    assert set(gpu_bench._GOALS) <= wanted
+    monkeypatch.setattr(cases, "MORE_MODELS", ("vit_s_16",))
+    content: dict[str, Any] = {"models": {}}
+    peaks = record.Peaks(1.0, 1.0)
+    session = _session(tmp_path)
+    assert gpu_bench._models(session, content, lambda: None, peaks, compiling=False, more=True)
+    (row,) = content["models"].values()
+    assert row["prepared"]["images_per_s"] > 0
+    assert "goals" not in row
+
+
+def test_the_goals_of_inference(tmp_path: Path) -> None:
+    def column(ms: float, batch: int) -> dict[str, Any]:
+        return {"ms": ms, "latency_ms": {"p50": ms}, "images_per_s": batch / ms * 1e3}
+
+    row: dict[str, Any] = {"eager": column(1.0, 1), "fastvr": column(0.9, 1), "prepared": column(0.2, 1)}
+    row["goals"] = gpu_bench.verdicts("resnet50", 1, row)
+    held = [(goal["column"], goal["against"], goal["holds"]) for goal in row["goals"]]
+    assert held == [("prepared", "eager", False), ("prepared", "ms", False)]
+    names = ("eager", "compile", "fastvr", "prepared")
+    large = dict(zip(names, (column(ms, 256) for ms in (12.0, 8.5, 6.0, 5.0)), strict=True))
+    held = [
+        (goal["column"], goal["against"], goal["holds"])
+        for goal in gpu_bench.verdicts("resnet50", 256, large)
+    ]
+    assert held == [
+        ("fastvr", "eager", False),
+        ("fastvr", "compile", False),
+        ("fastvr", "images/s", False),
+        ("prepared", "eager", True),
+        ("prepared", "compile", True),
+        ("prepared", "images/s", True),
+    ]
+    assert gpu_bench.verdicts("resnet50", 64, large) == []
+    assert (
+        gpu_bench.verdicts("resnet50", 256, {"eager": column(1.0, 256), "fastvr": {"error": "broken"}}) == []
+    )
+    header = record.environment(torch.device("cpu")) | {"gpu": "NVIDIA H200"}
+    content = {"complete": True, "peaks": {}, "models": {"resnet50 b1": row}, "ops": {}, "training": {}}
+    record.save_json(tmp_path / "bench.json", header | content)
+    text = summary.table(tmp_path, 1.0)
+    assert "MISSED: prepared 5 x eager, goal 8" in text
+    assert "MISSED: prepared 0.2 ms, goal 0.18" in text
 
 
 def test_a_wrong_gradient_fails_and_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,8 @@ def test_what_it_does_not_take(tiny_vit, tiny_resnet, images) -> None:
     prepared = fastvr.prepare(tiny_resnet(), images())
     with pytest.raises(ValueError, match="x must be"):
         prepared(images().to(torch.uint8))
+    with pytest.raises(ValueError, match=r"x must be a torch\.Tensor; got NoneType"):
+        prepared(None)
 
 
 @pytest.mark.parametrize("kind", ["vit", "basic"])

@@ -104,6 +104,27 @@ def test_only_what_is_asked_for(asked, device):
     assert torch.equal(found, everything[names.index(asked)])
 
 
+@pytest.mark.parametrize("name", ["grad", "mean", "var", "taps"])
+def test_what_the_gradient_is_given_in_any_layout(name, device):
+    x, weight, bias = (
+        given.detach()
+        for given in inputs((2, 8, 9, 7), torch.float32, device).values()
+        if isinstance(given, torch.Tensor)
+    )
+    sizes = (1e-5, [3, 3], [2, 2], [1, 1])
+    with triton_forced():
+        y, mean, var, taps = BATCH_NORM_ACT_MAX_POOL(x, weight, bias, *sizes)
+        given = {"grad": randn(*y.shape, device=device), "mean": mean, "var": var, "taps": taps}
+
+        def gradients():
+            rest = [given[name] for name in ("mean", "var", "taps")]
+            return BATCH_NORM_ACT_MAX_POOL_BACKWARD(given["grad"], x, weight, bias, *rest, *sizes, True)
+
+        expected, t = gradients(), given[name]
+        given[name] = torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+        assert all(map(torch.equal, gradients(), expected))
+
+
 def test_what_is_kept(device):
     given, kept = inputs((2, 24, 9, 7), torch.bfloat16, device), []
     with triton_forced(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda i: i):

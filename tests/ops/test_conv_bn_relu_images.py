@@ -38,6 +38,18 @@ def test_images_of_bytes(shape, dtype, device):
     check(image_inputs(*shape, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_normalising_costs_does_not_show(dtype, window, device):
+    """Few products a sum: its rounding hides nothing."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        given = inputs(2, 3, 13, 9, 31, window, 1, window // 2, 1, dtype, device, residual=False)
+        image = torch.randint(0, 256, (2, 3, 13, 9), dtype=torch.uint8, device=device)
+        mean, std = (torch.rand(3, device=device) * 0.2 + 0.3 for _ in range(2))
+        check(given | {"x": image, "mean": mean, "std": std, "act": "none"})
+
+
 def test_images_of_bytes_in_any_layout(device):
     given = image_inputs(2, 3, 12, 10, 24, 7, 2, 3, 1, dtype=torch.bfloat16, device=device)
     for x in layouts(given["x"]):

@@ -169,6 +169,16 @@ def test_layouts(device):
     check({"x": whole, "weight": randn(96, 64, device=device)[::2], "act": "none"}, backward=False)
 
 
+def test_features_that_lie_far_apart():
+    """The kernel steps along them in 32 bits."""
+    far, launched = torch.empty_strided((8, 64), (1, 2**25), device="meta"), []
+    with triton_forced(), backend.assume_architecture("sm_90"):
+        for x, weight in ((far, torch.empty(8, 64, device="meta")), (torch.empty(8, 64, device="meta"), far)):
+            with common.record_launches(lambda *launch: launched.append(launch)):
+                LINEAR.kernel(x, weight, None, None, None, "none")
+    assert [(given["stride_xk"], given["stride_wk"]) for _, _, given, _ in launched] == [(1, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("rows", [(0,), (0, 5), (5, 0)])
 def test_empty(rows, device):
     with triton_forced():

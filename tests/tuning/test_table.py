@@ -113,6 +113,7 @@ def test_a_directory_in_its_place_is_unreadable(tmp_path: Path, caplog: pytest.L
         {"ms": None},
         {"ms": -1.0},
         {"ms": float("nan")},
+        {"ms": float("inf")},
         {"ms": True},
         {"runner_up_ms": "1"},
         {"reference_ms": 0},
@@ -132,6 +133,19 @@ def test_a_wrong_entry_goes_with_its_name_and_the_others_stay(
     (message,) = caplog.messages
     assert f"bad|k|m1 ({next(iter(wrong))} is" in message
     assert "worse (it is no object)" in message
+
+
+def test_a_time_that_no_float_holds(tmp_path: Path) -> None:
+    write(tmp_path / "table.json", content_of({"good": vars(ENTRY), "bad": vars(ENTRY) | {"ms": 10**400}}))
+    assert table.read(tmp_path / "table.json").entries == {"good": ENTRY}
+
+
+def test_brackets_as_deep_as_can_be_read_are_no_error(tmp_path: Path) -> None:
+    """Writing them for the checksum goes deeper than reading them."""
+    path = tmp_path / "table.json"
+    for depth in range(400, 1000):
+        path.write_text('{"format": 1, "deep": ' + "[" * depth + "]" * depth + "}")
+        assert table.load(path, CARD) is None
 
 
 def test_fields_of_a_newer_fastvr_are_no_fault(tmp_path: Path) -> None:
