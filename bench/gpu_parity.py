@@ -67,6 +67,7 @@ def _check(job: Job, device: torch.device) -> str:
             backward=False,
             name=str(job.case),
             absolute_floor=inputs.absolute_floor(job.case),
+            kind="gradient" if job.case.op.endswith("_backward") else "forward",
         )
         if device.type == "cuda":
             _repeatable(lambda: forced(**arguments))

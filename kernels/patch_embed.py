@@ -106,8 +106,9 @@ def _patch_embed_fwd_kernel(
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + channel, mask=k < K, other=0.0)
             std = tl.load(std_ptr + channel, mask=k < K, other=1.0)
+            x = normalize(x, mean[None, :], std[None, :], w.dtype == tl.float32)
             # a prefix row stays zero
-            x = tl.where(is_patch[:, None], normalize(x, mean[None, :], std[None, :]), 0.0).to(w.dtype)
+            x = tl.where(is_patch[:, None], x, 0.0).to(w.dtype)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     if bias_ptr is not None:

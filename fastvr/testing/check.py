@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastvr.testing.guards import guarded, guarded_like
-from fastvr.testing.parity import ParityReport, assert_parity
+from fastvr.testing.parity import Kind, ParityReport, assert_parity
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -62,6 +62,7 @@ def check_op(
     sample_inputs: Sequence[str] = ("x",),
     name: str = "",
     absolute_floor: float | Tensor = 0.0,
+    kind: Kind = "forward",
 ) -> ParityReport:
     """Hold an op, forward and backward, to the parity rule against its PyTorch twin.
 
@@ -79,6 +80,7 @@ def check_op(
         sample_inputs: names of the inputs whose gradients have that dimension too; the others are
             parameters, compared as a whole.
         absolute_floor: of the outputs, see :func:`assert_parity`; gradients have none.
+        kind: of the outputs: "gradient" for an op that computes gradients.
 
     Returns:
         The worst of all comparisons.
@@ -116,7 +118,7 @@ def check_op(
             if not torch.equal(_bytes(tensor), before[path]):
                 raise AssertionError(f"{name}: the input {path} was changed")
     report = assert_parity(
-        actual, eager, truth, name=name, sample_dim=sample_dim, absolute_floor=absolute_floor
+        actual, eager, truth, kind=kind, name=name, sample_dim=sample_dim, absolute_floor=absolute_floor
     )
     if not backward:
         return report

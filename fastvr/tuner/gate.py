@@ -76,6 +76,7 @@ class Gate:
             self._few(actual),
             eager,
             self._truth,
+            kind="gradient" if self._op.name.endswith("_backward") else "forward",
             name=self._name,
             sample_dim=None if self._op.name in _WHOLE_BATCHES else 0,
             absolute_floor=self._floor,

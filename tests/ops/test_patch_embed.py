@@ -160,6 +160,13 @@ def test_uint8_images(channels, patch, prefix, memory_format, dtype, device):
     check(given)
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_products_hide_no_rounding_of_a_normalised_byte(seed, patch, device):
+    torch.manual_seed(seed)
+    check(uint8_inputs((2, 3, 8, 8), 24, patch, torch.float32, device))
+
+
 def test_uint8_images_are_normalised_ones(device):
     given = uint8_inputs((2, 3, 16, 16), 24, 8, torch.float32, device)
     given["x"][0] = 0
