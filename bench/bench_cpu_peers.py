@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import fastvr
 from fastvr.doctor import environment
-from fastvr.ops import _mkldnn
+from fastvr.ops.cpu import mkldnn
 
 PLAIN, PREPARED = "fastvr", "fastvr prepared"
 EAGER, ONNX, OPENVINO = "eager", "ONNX Runtime", "OpenVINO"
@@ -234,7 +234,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every column")
     parser.add_argument("--models", nargs="+", choices=cases.MODELS, default=list(cases.MODELS))
     parser.add_argument(
-        "--dtypes", nargs="+", choices=_DTYPES, default=[n for n, d in _DTYPES.items() if _mkldnn.supports(d)]
+        "--dtypes", nargs="+", choices=_DTYPES, default=[n for n, d in _DTYPES.items() if mkldnn.supports(d)]
     )
     parser.add_argument("--rounds", type=int, default=7, help="at least so many")
     parser.add_argument(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fastvr.models  # noqa: F401  (registers the ops)
 from fastvr import backend, tuning
-from fastvr.ops import _mkldnn
 from fastvr.ops._op import OPS
+from fastvr.ops.cpu import mkldnn
 
 VARIABLES = (
     "FASTVR_BACKEND",
@@ -100,11 +100,11 @@ def _compilers() -> list[str]:
 def _onednn() -> dict[str, Any]:
     """``dtypes``: those in which a model prepared on this CPU may run in oneDNN's fused calls; ``ops``: its
     ops that may; ``missing``: why none does, or None."""
-    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(dtype)]
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if mkldnn.supports(dtype)]
     return {
         "dtypes": [str(dtype).removeprefix("torch.") for dtype in dtypes],
         "ops": [name for name, op in OPS.items() if op.vendor is not None],
-        "missing": _mkldnn.missing() or (None if dtypes else "torch.backends.mkldnn is switched off"),
+        "missing": mkldnn.missing() or (None if dtypes else "torch.backends.mkldnn is switched off"),
     }
 
 

@@ -145,7 +145,7 @@ def test_doctor_names_the_vendors_calls_on_a_cpu(monkeypatch: pytest.MonkeyPatch
         assert {"linear", "conv_bn_relu"} <= set(found["ops"])
         assert "float32" in found["dtypes"]
         assert "for prepared models on the CPU, float32" in fastvr_command("doctor").stdout
-    monkeypatch.setattr(doctor._mkldnn, "missing", lambda: "this PyTorch is built without oneDNN")
+    monkeypatch.setattr(doctor.mkldnn, "missing", lambda: "this PyTorch is built without oneDNN")
     found = doctor.report()
     assert found["onednn"]["dtypes"] == []
     assert not any("oneDNN" in advice for advice in found["advice"])

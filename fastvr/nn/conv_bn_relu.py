@@ -11,10 +11,11 @@ from torch import nn
 from fastvr import backend
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import track
-from fastvr.ops import _check, _mkldnn
+from fastvr.ops import _check
 from fastvr.ops.batch_norm_act import batch_norm_act, fuses_batch_norm_act
 from fastvr.ops.conv_bn_relu import CONV_BN_RELU, BatchNorm, run_packed
 from fastvr.ops.conv_bn_relu import conv_bn_relu as conv_bn_relu_op
+from fastvr.ops.cpu import mkldnn
 from fastvr.ops.dual_conv_bn_relu import dual_conv_bn_relu as dual_conv_bn_relu_op
 
 
@@ -65,7 +66,7 @@ def conv_bn_relu(
     """
     act = "none" if relu is None else "relu"
     if (
-        (packed := _mkldnn.kept_in_pass(conv)) is not None
+        (packed := mkldnn.kept_in_pass(conv)) is not None
         and isinstance(conv, nn.Conv2d)
         and packed.scale is bn._buffers.get("scale")
         and (relu is None or plain(relu, nn.ReLU))

@@ -19,11 +19,11 @@ from fastvr.nn.conv_bn_relu import (
 from fastvr.nn.head import plain_pool, pool_map
 from fastvr.nn.plain import plain
 from fastvr.nn.running_statistics import Moves, track
-from fastvr.ops import _positive_pool
-from fastvr.ops._magnitude import carry_on, is_finite
-from fastvr.ops._pass import current
 from fastvr.ops.batch_norm_act_max_pool import batch_norm_act_max_pool, fuses_max_pool
 from fastvr.ops.conv_bn_relu_max_pool import conv_bn_relu_max_pool
+from fastvr.ops.cpu import positive_pool
+from fastvr.ops.cpu.magnitude import carry_on, is_finite
+from fastvr.ops.cpu.prepared_pass import current
 from fastvr.reference.image import normalize
 
 
@@ -115,7 +115,7 @@ def _pooled(maxpool: nn.Module, relu: nn.Module, made: torch.Tensor) -> torch.Te
         and maxpool.padding in (1, (1, 1))
         and made.is_contiguous(memory_format=torch.channels_last)
     ):
-        return _positive_pool.max_pool(made)
+        return positive_pool.max_pool(made)
     return pool_map(maxpool, made)
 
 

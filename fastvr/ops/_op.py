@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvr import backend
-from fastvr.ops import _mkldnn
+from fastvr.ops.cpu import mkldnn
 
 _Arguments = TypeVar("_Arguments")
 _Result = TypeVar("_Result")
@@ -252,7 +252,7 @@ class Op(Generic[_Result]):
         """What the vendor's fused call gives, which has no gradient; None where it does not apply."""
         if backend.current_backend() != "auto" or _needs_gradient(args):
             return None
-        if (pack := _mkldnn.packer()) is not None:
+        if (pack := mkldnn.packer()) is not None:
             pack(self.name, args)
         assert self.vendor is not None
         return self.vendor(*args)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _onednn_attention
+from fastvr.ops import _check
 from fastvr.ops._heads import reachable, refused
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
-from fastvr.ops._pass import current
 from fastvr.ops.attention_backward import ATTENTION_BACKWARD, ATTENTION_KV_BACKWARD
+from fastvr.ops.cpu import onednn_attention
+from fastvr.ops.cpu.prepared_pass import current
 from fastvr.ops.dropout import draw_seed
 from fastvr.reference.attention import attention as reference
 from fastvr.reference.attention import attention_kv as reference_kv
@@ -249,10 +250,10 @@ def _launch(
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
     run = current()
-    if run is None or _onednn_attention.key(a.qkv, a.num_heads, a.scale) not in run.chosen:
+    if run is None or onednn_attention.key(a.qkv, a.num_heads, a.scale) not in run.chosen:
         return None
     backend.ran("attention", "mkldnn")
-    return _onednn_attention.attention(a.qkv, a.num_heads, a.scale)
+    return onednn_attention.attention(a.qkv, a.num_heads, a.scale)
 
 
 def _fake(a: Arguments) -> torch.Tensor:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _magnitude, _mkldnn, _winograd
+from fastvr.ops import _check
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
 from fastvr.ops.conv_bn_relu_backward import CONV_BN_RELU_BACKWARD, WANTED
+from fastvr.ops.cpu import magnitude, mkldnn, winograd
 from fastvr.ops.linear import result_dtype
 from fastvr.reference.conv_bn_relu import ACTIVATIONS
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
@@ -283,7 +284,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
-    packed = _mkldnn.kept(a.weight)
+    packed = mkldnn.kept(a.weight)
     if packed is None or packed.scale is not a.bn_weight or packed.shift is not a.bn_bias:
         return None
     if a.running_mean is not None:
@@ -294,7 +295,7 @@ def _vendor(a: Arguments) -> torch.Tensor | None:
 
 def run_packed(
     x: torch.Tensor,
-    packed: _mkldnn.AnyPacked,
+    packed: mkldnn.AnyPacked,
     stride: Sequence[int],
     padding: Sequence[int],
     groups: int,
@@ -303,12 +304,12 @@ def run_packed(
 ) -> torch.Tensor:
     """What ``packed`` gives on a CPU; the other arguments as the op's, x in the weight's dtype."""
     backend.ran("conv_bn_relu", packed.name)
-    most = None if packed.gain is None else _magnitude.bound(packed.gain, x, residual)
-    if isinstance(packed, _winograd.Winograd):
-        y = _winograd.conv_bn_relu(x, packed, padding, act, residual)
+    most = None if packed.gain is None else magnitude.bound(packed.gain, x, residual)
+    if isinstance(packed, winograd.Winograd):
+        y = winograd.conv_bn_relu(x, packed, padding, act, residual)
     else:
-        y = _mkldnn.conv_bn_relu(x, packed, stride, padding, groups, act, residual, finite=most is not None)
-    return _magnitude.carry(y, most)
+        y = mkldnn.conv_bn_relu(x, packed, stride, padding, groups, act, residual, finite=most is not None)
+    return magnitude.carry(y, most)
 
 
 def _fake(a: Arguments) -> torch.Tensor:

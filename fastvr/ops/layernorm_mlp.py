@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _mkldnn, linear
+from fastvr.ops import _check, linear
 from fastvr.ops._op import Cost, Gradient, Op, nbytes
+from fastvr.ops.cpu import mkldnn
 from fastvr.ops.dropout import draw_seeds, dropped
 from fastvr.ops.layer_norm import LAYER_NORM, check_norm, norm_gradients
 from fastvr.ops.linear import LINEAR, as_rows, gemm, input_gradient, result_dtype, unit_rows
@@ -228,7 +229,7 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
     weights = (a.fc1_weight, a.fc2_weight)
-    if _mkldnn.packer() is None and all(_mkldnn.kept(weight) is None for weight in weights):
+    if mkldnn.packer() is None and all(mkldnn.kept(weight) is None for weight in weights):
         return None
     normed = LAYER_NORM(a.x, a.ln_weight, a.ln_bias, a.eps, a.fc1_weight.dtype)
     hidden = LINEAR(normed, a.fc1_weight, a.fc1_bias, None, None, a.act)

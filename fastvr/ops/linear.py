@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fastvr import backend, tuning
-from fastvr.ops import _check, _mkldnn
+from fastvr.ops import _check
 from fastvr.ops._op import Cost, Gradient, Op, nbytes, reference_gradients
+from fastvr.ops.cpu import mkldnn
 from fastvr.ops.dropout import draw_seed, dropped
 from fastvr.ops.linear_backward import bias_gradient, parameter_gradients, with_gamma
 from fastvr.reference.linear import ACTIVATIONS, activate, scale_samples
@@ -233,11 +234,11 @@ def _kernel(a: Arguments) -> torch.Tensor:
 
 
 def _vendor(a: Arguments) -> torch.Tensor | None:
-    packed = _mkldnn.kept(a.weight)
-    if a.sample_scale is not None or a.seed is not None or not isinstance(packed, _mkldnn.Packed):
+    packed = mkldnn.kept(a.weight)
+    if a.sample_scale is not None or a.seed is not None or not isinstance(packed, mkldnn.Packed):
         return None
     backend.ran("linear", "mkldnn")
-    return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
+    return mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
 
 
 def _fake(a: Arguments) -> torch.Tensor:

@@ -25,9 +25,10 @@ from fastvr import backend
 from fastvr.nn.conv_bn_relu import plain_conv
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck
-from fastvr.ops import _mkldnn, _onednn_attention, _winograd, attention, conv_bn_relu, linear
+from fastvr.ops import attention, conv_bn_relu, linear
 from fastvr.ops._op import Op
-from fastvr.ops._pass import running
+from fastvr.ops.cpu import mkldnn, onednn_attention, winograd
+from fastvr.ops.cpu.prepared_pass import running
 from fastvr.prepare.graphs import layout_of
 from fastvr.reference.image import normalize
 from fastvr.reference.linear import GELU
@@ -55,11 +56,12 @@ def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]
     A weight that was laid out is kept beside the dense one, which every other way to run the model reads.
 
     Returns:
-        Which calls without weights are to take the vendor's form, for :func:`fastvr.ops._pass.running`.
+        Which calls without weights are to take the vendor's form, for
+        :func:`fastvr.ops.cpu.prepared_pass.running`.
     """
     weights = {id(p): p for p in model.parameters()}
     dtypes = {p.dtype for p in weights.values()}
-    if backend.current_backend() != "auto" or not example.numel() or not all(map(_mkldnn.supports, dtypes)):
+    if backend.current_backend() != "auto" or not example.numel() or not all(map(mkldnn.supports, dtypes)):
         return frozenset()
     generator = torch.Generator().manual_seed(0)
     if example.is_floating_point():
@@ -69,7 +71,7 @@ def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]
     images = images.contiguous(memory_format=layout_of(example))
     packer = _Packer(weights)
     run = running(images, packer.chosen) if is_known(model) else contextlib.nullcontext()
-    with _mkldnn.packing(packer), run, torch.no_grad():
+    with mkldnn.packing(packer), run, torch.no_grad():
         model(images)
     _write_onto_residuals(model)
     return frozenset(packer.chosen)
@@ -91,9 +93,9 @@ def _write_onto_residuals(model: nn.Module) -> None:
             continue
         shortcut = block.downsample
         if plain_conv(last) and (shortcut is None or plain(shortcut, nn.Sequential)):
-            packed = _mkldnn.kept(last.weight)
-            if isinstance(packed, _mkldnn.Packed):
-                _mkldnn.keep(last.weight, dataclasses.replace(packed, onto_residual=True))
+            packed = mkldnn.kept(last.weight)
+            if isinstance(packed, mkldnn.Packed):
+                mkldnn.keep(last.weight, dataclasses.replace(packed, onto_residual=True))
 
 
 class _Packer:
@@ -116,11 +118,11 @@ class _Packer:
             self._attention(attention.Arguments(*args))
 
     def _attention(self, a: attention.Arguments) -> None:
-        key = _onednn_attention.key(a.qkv, a.num_heads, a.scale)
-        if not _onednn_attention.takes(a.qkv) or key in self._asked:
+        key = onednn_attention.key(a.qkv, a.num_heads, a.scale)
+        if not onednn_attention.takes(a.qkv) or key in self._asked:
             return
         self._asked.add(key)
-        run = functools.partial(_onednn_attention.attention, num_heads=a.num_heads, scale=a.scale)
+        run = functools.partial(onednn_attention.attention, num_heads=a.num_heads, scale=a.scale)
         eager = functools.partial(attention.ATTENTION.reference, *a[:3])
         exact = attention.ATTENTION.reference(a.qkv[:1].double(), *a[1:3])
         report = measure_parity(run(a.qkv[:1]), eager()[:1], exact)
@@ -129,21 +131,21 @@ class _Packer:
         logger.debug("prepare: %s runs in %s", key, "mkldnn" if key in self.chosen else "PyTorch")
 
     def _wanted(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
-        owned = id(weight) in self._weights and _mkldnn.kept(weight) is None
+        owned = id(weight) in self._weights and mkldnn.kept(weight) is None
         return owned and x.numel() > 0 and weight.numel() > 0
 
     def _linear(self, a: linear.Arguments) -> None:
         if not self._wanted(a.x, a.weight):
             return
         rows = a.x.numel() // a.x.shape[-1]
-        whole = functools.cache(lambda: _mkldnn.pack_linear(a.weight, rows))
-        candidates: list[Callable[[], _mkldnn.AnyPacked]] = [whole]
+        whole = functools.cache(lambda: mkldnn.pack_linear(a.weight, rows))
+        candidates: list[Callable[[], mkldnn.AnyPacked]] = [whole]
         if a.act in GELU:
             candidates.append(lambda: dataclasses.replace(whole(), gelu=False))
         # takes more passes, so only where the whole is not exact enough
         cut = []
         if a.x.dtype == torch.float32 and a.weight.shape[1] > _MOST_TERMS:
-            cut.append(lambda: _mkldnn.pack_linear(a.weight, rows, most_terms=_MOST_TERMS))
+            cut.append(lambda: mkldnn.pack_linear(a.weight, rows, most_terms=_MOST_TERMS))
         floor: float | torch.Tensor = GELU_TAIL if a.act == "gelu" else 0.0
         if a.gamma is not None:
             floor = floor * a.gamma.abs().double()
@@ -154,11 +156,11 @@ class _Packer:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
             return
         geometry = a.stride, a.padding, a.groups
-        candidates: list[Callable[[], _mkldnn.AnyPacked]] = [
-            lambda: _mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        candidates: list[Callable[[], mkldnn.AnyPacked]] = [
+            lambda: mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
         ]
-        if _winograd.takes(a.weight, a.stride, a.groups):
-            candidates.append(lambda: _winograd.pack(a.weight, a.bn_weight, a.bn_bias))
+        if winograd.takes(a.weight, a.stride, a.groups):
+            candidates.append(lambda: winograd.pack(a.weight, a.bn_weight, a.bn_bias))
         self._keep(conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates])
 
     def _keep(
@@ -166,7 +168,7 @@ class _Packer:
         op: Op[torch.Tensor],
         a: Any,
         run: Callable[[Any, Any], torch.Tensor],
-        groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
+        groups: Sequence[Sequence[Callable[[], mkldnn.AnyPacked]]],
         *,
         eager: Callable[[], object] | None = None,
         floor: float | torch.Tensor = 0.0,
@@ -181,14 +183,14 @@ class _Packer:
         packed = None if chosen is None else candidates[chosen]()
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if packed is None else packed.name)
         if packed is not None:
-            _mkldnn.keep(a.weight, packed)
+            mkldnn.keep(a.weight, packed)
 
 
 def _choose(
     op: Op[torch.Tensor],
     a: Any,
     run: Callable[[Any, Any], torch.Tensor],
-    groups: Sequence[Sequence[Callable[[], _mkldnn.AnyPacked]]],
+    groups: Sequence[Sequence[Callable[[], mkldnn.AnyPacked]]],
     eager: Callable[[], object] | None,
     floor: float | torch.Tensor,
 ) -> int | None:
@@ -206,11 +208,11 @@ def _choose(
     return None
 
 
-def _multiply(a: linear.Arguments, packed: _mkldnn.Packed) -> torch.Tensor:
-    return _mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
+def _multiply(a: linear.Arguments, packed: mkldnn.Packed) -> torch.Tensor:
+    return mkldnn.linear(a.x, packed, a.bias, a.gamma, a.residual, a.act)
 
 
-def _convolve(a: conv_bn_relu.Arguments, packed: _mkldnn.AnyPacked) -> torch.Tensor:
+def _convolve(a: conv_bn_relu.Arguments, packed: mkldnn.AnyPacked) -> torch.Tensor:
     x = normalize(a.x, a.mean, a.std, a.weight.dtype)
     return conv_bn_relu.run_packed(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
 

@@ -12,8 +12,8 @@ import torch
 from fastvr import backend
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
-from fastvr.ops._magnitude import without_marks
-from fastvr.ops._pass import running
+from fastvr.ops.cpu.magnitude import without_marks
+from fastvr.ops.cpu.prepared_pass import running
 from fastvr.prepare.cpu import is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs

@@ -9,7 +9,7 @@ import bench_cpu_peers as bench
 import pytest
 import torch
 
-from fastvr.ops import _mkldnn
+from fastvr.ops.cpu import mkldnn
 
 TINY = ["--small", "--batch", "2", "--threads", "1", "--rounds", "2", "--seconds", "0"]
 
@@ -21,7 +21,7 @@ def test_every_column_is_measured_and_checked(tmp_path: Path, capsys) -> None:
     assert torch.get_num_threads() == threads
     found = json.loads(path.read_text())
     assert found["environment"]["torch"] == torch.__version__
-    dtypes = ["float32", *(["bfloat16"] if _mkldnn.supports(torch.bfloat16) else [])]
+    dtypes = ["float32", *(["bfloat16"] if mkldnn.supports(torch.bfloat16) else [])]
     pairs = [(result["model"], result["dtype"]) for result in found["models"]]
     assert pairs == [(model, dtype) for model in ("vit_b_16", "resnet50") for dtype in dtypes]
     goals = [goal for result in found["models"] for goal in result["goals"]]

@@ -12,13 +12,13 @@ from torch import nn
 
 import fastvr
 from fastvr import backend
-from fastvr.ops import _magnitude, _mkldnn, _winograd
-from fastvr.ops._pass import current, running
 from fastvr.ops.conv_bn_relu import run_packed
+from fastvr.ops.cpu import magnitude, mkldnn, winograd
+from fastvr.ops.cpu.prepared_pass import current, running
 from fastvr.testing import assert_parity, truth_model
 
-pytestmark = pytest.mark.skipif(_mkldnn.missing() is not None, reason=str(_mkldnn.missing()))
-DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(d)]
+pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
+DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if mkldnn.supports(d)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,22 +31,22 @@ def _the_mode_of_users(monkeypatch):
 @pytest.fixture
 def measured(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of what was measured."""
-    found, measure = [], _magnitude._measured
+    found, measure = [], magnitude._measured
 
     def note(x, run):
         found.append(tuple(x.shape))
         return measure(x, run)
 
-    monkeypatch.setattr(_magnitude, "_measured", note)
+    monkeypatch.setattr(magnitude, "_measured", note)
     return found
 
 
-def _packed(kind: str, *, groups: int = 1, dtype: torch.dtype = torch.float32) -> _mkldnn.AnyPacked:
+def _packed(kind: str, *, groups: int = 1, dtype: torch.dtype = torch.float32) -> mkldnn.AnyPacked:
     weight = randn(32, 16 // groups, 3, 3, dtype=dtype) * 0.3
     scale, shift = randn(32) + 0.5, randn(32) * 3
     if kind == "winograd":
-        return _winograd.pack(weight, scale, shift)
-    return _mkldnn.pack_convolution(weight, scale, shift, (1, 1), (1, 1), groups, (2, 16, 9, 7))
+        return winograd.pack(weight, scale, shift)
+    return mkldnn.pack_convolution(weight, scale, shift, (1, 1), (1, 1), groups, (2, 16, 9, 7))
 
 
 def _run(packed, x, act="relu", residual=None, groups=1) -> torch.Tensor:
@@ -62,12 +62,12 @@ def test_no_number_is_larger_than_what_is_carried(kind, groups, residual) -> Non
     with running(x, ()):
         for act in ("none", "relu"):
             y = _run(packed, x, act, randn(2, 32, 9, 7) * 100 if residual else None, groups)
-            most = _magnitude._known(y, current())
+            most = magnitude._known(y, current())
             assert y.abs().max() <= most < 1e5
         ones = torch.ones(2, 16, 9, 7)
-        signs = _mkldnn.pack_convolution(torch.ones(8, 16, 1, 1), None, None, (1, 1), (0, 0), 1, ones.shape)
+        signs = mkldnn.pack_convolution(torch.ones(8, 16, 1, 1), None, None, (1, 1), (0, 0), 1, ones.shape)
         y = run_packed(ones, signs, (1, 1), (0, 0), 1, "none", None)
-        assert _magnitude._known(y, current()) == float(y.max()) == 16
+        assert magnitude._known(y, current()) == float(y.max()) == 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +84,7 @@ def test_following_changes_no_number(residual, dtype) -> None:
 
 def test_only_what_is_unknown_or_too_large_is_measured(measured) -> None:
     packed = _packed("mkldnn")
-    square = _mkldnn.pack_convolution(
+    square = mkldnn.pack_convolution(
         torch.full((32, 32, 1, 1), 1e20), None, None, (1, 1), (0, 0), 1, (2, 32, 9, 7)
     )
     x = randn(2, 16, 9, 7)
@@ -95,14 +95,14 @@ def test_only_what_is_unknown_or_too_large_is_measured(measured) -> None:
         assert measured == [(2, 16, 9, 7)]
         z = run_packed(y, square, (1, 1), (0, 0), 1, "relu", None)
         assert len(measured) == 1
-        assert _magnitude.is_finite(z)
+        assert magnitude.is_finite(z)
         # 1e40 and more might come out, and does
         w = run_packed(z, square, (1, 1), (0, 0), 1, "relu", None)
         assert measured[1:] == [(2, 32, 9, 7)]
         assert w.isinf().any()
-        assert _magnitude._known(w, current()) is None
+        assert magnitude._known(w, current()) is None
         # what was found is kept, but not on what the caller gave
-        assert _magnitude._known(z, current()) == float(z.max())
+        assert magnitude._known(z, current()) == float(z.max())
         assert not x.__dict__
     with running(x, ()):
         run_packed(y, square, (1, 1), (0, 0), 1, "relu", None)

@@ -8,15 +8,15 @@ from contract import randn
 
 import fastvr
 from fastvr import backend
-from fastvr.ops import _mkldnn, _onednn_attention
-from fastvr.ops._pass import running
 from fastvr.ops.attention import attention
+from fastvr.ops.cpu import mkldnn, onednn_attention
+from fastvr.ops.cpu.prepared_pass import running
 from fastvr.prepare import cpu
 from fastvr.reference.attention import attention as reference
 from fastvr.testing import assert_parity, truth_model
 
 pytestmark = pytest.mark.skipif(
-    not _mkldnn.supports(torch.bfloat16), reason="this CPU has no bfloat16 instructions"
+    not mkldnn.supports(torch.bfloat16), reason="this CPU has no bfloat16 instructions"
 )
 
 
@@ -32,7 +32,7 @@ def _qkv(batch: int, n: int, num_heads: int, head_dim: int, size: float = 1.0) -
 
 
 def _check(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
-    actual = _onednn_attention.attention(qkv, num_heads, scale)
+    actual = onednn_attention.attention(qkv, num_heads, scale)
     assert actual.dtype == torch.bfloat16
     assert_parity(actual, reference(qkv, num_heads, scale), reference(qkv.double(), num_heads, scale))
     return actual
@@ -50,8 +50,8 @@ def test_scores_of_any_size(n, head_dim, size) -> None:
 def test_batches_and_scales(batch, n, scale) -> None:
     qkv = _qkv(batch, n, 2, 64)
     if not batch:
-        assert _onednn_attention.attention(qkv, 2, scale).shape == (0, n, 128)
-        assert not _onednn_attention.takes(qkv)
+        assert onednn_attention.attention(qkv, 2, scale).shape == (0, n, 128)
+        assert not onednn_attention.takes(qkv)
         return
     _check(qkv, 2, scale)
 
@@ -68,19 +68,19 @@ def test_layouts() -> None:
 
 def test_parts_and_batches_change_no_number(monkeypatch) -> None:
     qkv = _qkv(5, 40, 3, 32)
-    whole = _onednn_attention.attention(qkv, 3, 0.2)
-    assert torch.equal(_onednn_attention.attention(qkv[2:3], 3, 0.2), whole[2:3])
+    whole = onednn_attention.attention(qkv, 3, 0.2)
+    assert torch.equal(onednn_attention.attention(qkv[2:3], 3, 0.2), whole[2:3])
     for scores in (1, 40**2 * 4, 40**2 * 7):
-        monkeypatch.setattr(_onednn_attention, "_SCORES", scores)
-        assert torch.equal(_onednn_attention.attention(qkv, 3, 0.2), whole)
+        monkeypatch.setattr(onednn_attention, "_SCORES", scores)
+        assert torch.equal(onednn_attention.attention(qkv, 3, 0.2), whole)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_poisoned_sample_keeps_to_itself(poison) -> None:
     qkv = _qkv(3, 9, 2, 32)
-    clean = _onednn_attention.attention(qkv, 2, 0.2)
+    clean = onednn_attention.attention(qkv, 2, 0.2)
     qkv[1, 4, 3] = poison
-    dirty = _onednn_attention.attention(qkv, 2, 0.2)
+    dirty = onednn_attention.attention(qkv, 2, 0.2)
     assert torch.equal(dirty[[0, 2]], clean[[0, 2]])
     # the query itself, in its own head; and as a key nothing else is read of it
     assert dirty[1, 4, :32].isnan().all()
@@ -89,7 +89,7 @@ def test_a_poisoned_sample_keeps_to_itself(poison) -> None:
 
 def test_only_a_prepared_pass_that_chose_it_takes_it() -> None:
     qkv = _qkv(2, 9, 2, 32)
-    key = _onednn_attention.key(qkv, 2, 0.2)
+    key = onednn_attention.key(qkv, 2, 0.2)
 
     def implementations() -> set[str]:
         with backend.observe() as ran:
@@ -102,8 +102,8 @@ def test_only_a_prepared_pass_that_chose_it_takes_it() -> None:
     with running(qkv, {key}):
         assert implementations() == {"mkldnn"}
         # any batch, and no other length
-        assert _onednn_attention.key(qkv[:1], 2, 0.2) == key
-        assert _onednn_attention.key(qkv[:, :8], 2, 0.2) != key
+        assert onednn_attention.key(qkv[:1], 2, 0.2) == key
+        assert onednn_attention.key(qkv[:, :8], 2, 0.2) != key
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -122,8 +122,8 @@ def test_a_prepared_vit_takes_what_was_faster(faster, monkeypatch, tiny_vit, ima
 
 def test_what_breaks_the_parity_rule_cannot_win(monkeypatch, tiny_vit, images) -> None:
     monkeypatch.setattr(cpu, "_fastest", lambda calls: len(calls) - 1)
-    right = _onednn_attention.attention
-    monkeypatch.setattr(_onednn_attention, "attention", lambda *args, **given: right(*args, **given) * 1.05)
+    right = onednn_attention.attention
+    monkeypatch.setattr(onednn_attention, "attention", lambda *args, **given: right(*args, **given) * 1.05)
     prepared = fastvr.prepare(tiny_vit().bfloat16(), images().bfloat16())
     with backend.observe() as ran:
         prepared(images().bfloat16())

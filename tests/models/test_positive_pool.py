@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastvr
 from fastvr import backend
-from fastvr.ops import _mkldnn, _positive_pool
+from fastvr.ops.cpu import mkldnn, positive_pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -25,7 +25,7 @@ def test_it_is_pytorchs(shape, dtype) -> None:
         x[-1, 0] *= -1  # zeros of both signs, and what relu never gives: cleared
         x.relu_()
     before = x.clone()
-    y = _positive_pool.max_pool(x)
+    y = positive_pool.max_pool(x)
     expected = F.max_pool2d(x, 3, 2, 1)
     assert y.shape == expected.shape
     assert torch.equal(y, expected)
@@ -33,15 +33,15 @@ def test_it_is_pytorchs(shape, dtype) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(_mkldnn.missing() is not None, reason=str(_mkldnn.missing()))
+@pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
 @pytest.mark.parametrize("change", ["", "window", "activation", "nan", "infinity"])
 def test_only_the_stem_of_a_prepared_model_whose_numbers_are_finite(
     change, tiny_resnet, images, monkeypatch
 ) -> None:
     monkeypatch.setattr(backend, "kernels_possible", lambda device: False)
     calls = []
-    pool = _positive_pool.max_pool
-    monkeypatch.setattr(_positive_pool, "max_pool", lambda x: calls.append(x.shape) or pool(x))
+    pool = positive_pool.max_pool
+    monkeypatch.setattr(positive_pool, "max_pool", lambda x: calls.append(x.shape) or pool(x))
     model, x = tiny_resnet(), images()
     if change == "window":
         model.maxpool = torch.nn.MaxPool2d(2).eval()

@@ -11,12 +11,12 @@ import torch
 
 import fastvr
 from fastvr import backend
-from fastvr.ops import _mkldnn, _winograd
+from fastvr.ops.cpu import mkldnn, winograd
 from fastvr.prepare import cpu
 from fastvr.testing import assert_parity, truth_model
 
 KINDS = ["vit", "basic", "bottleneck"]
-pytestmark = pytest.mark.skipif(_mkldnn.missing() is not None, reason=str(_mkldnn.missing()))
+pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def choose(monkeypatch):
     return pick
 
 
-def _packed(prepared) -> list[_mkldnn.AnyPacked]:
-    found = (_mkldnn.kept(p) for p in prepared._snapshot.parameters())
+def _packed(prepared) -> list[mkldnn.AnyPacked]:
+    found = (mkldnn.kept(p) for p in prepared._snapshot.parameters())
     return [packed for packed in found if packed is not None]
 
 
@@ -88,9 +88,9 @@ def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monk
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **given: right(*args, **given) * 1.001)
 
-    spoil(_mkldnn, "linear")
-    spoil(_mkldnn, "conv_bn_relu")
-    spoil(_winograd, "conv_bn_relu")
+    spoil(mkldnn, "linear")
+    spoil(mkldnn, "conv_bn_relu")
+    spoil(winograd, "conv_bn_relu")
     model = tiny(kind)
     prepared = fastvr.prepare(model, images())
     assert not _packed(prepared)
@@ -100,13 +100,13 @@ def test_what_breaks_the_parity_rule_cannot_win(kind, choose, tiny, images, monk
 
 def test_sums_that_are_not_exact_enough_are_cut(choose, tiny_vit, images, monkeypatch) -> None:
     choose(1)
-    right = _mkldnn.linear
+    right = mkldnn.linear
     monkeypatch.setattr(cpu, "_MOST_TERMS", 16)
 
     def spoil(x, packed, *args):
         return right(x, packed, *args) * (1 if packed.parts else 1.001)
 
-    monkeypatch.setattr(_mkldnn, "linear", spoil)
+    monkeypatch.setattr(mkldnn, "linear", spoil)
     model = tiny_vit()
     prepared = fastvr.prepare(model, images())
     assert _packed(prepared)
@@ -142,8 +142,8 @@ def test_a_residual_that_somebody_reads_again_is_left(choose, tiny_resnet, image
     choose(1)
     plain = fastvr.prepare(tiny_resnet(), images())
     last = plain._snapshot.layer1[0].conv3.weight
-    assert _mkldnn.kept(last).onto_residual
-    assert not _mkldnn.kept(plain._snapshot.layer1[0].conv1.weight).onto_residual
+    assert mkldnn.kept(last).onto_residual
+    assert not mkldnn.kept(plain._snapshot.layer1[0].conv1.weight).onto_residual
 
     class Shortcut(torch.nn.Identity):
         """Gives what is kept elsewhere."""
@@ -156,7 +156,7 @@ def test_a_residual_that_somebody_reads_again_is_left(choose, tiny_resnet, image
     model.layer2 = torch.nn.Sequential()
     model.layer3, model.layer4, model.fc = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Linear(8, 10)
     other = fastvr.prepare(model.eval(), images())
-    assert not _mkldnn.kept(other._snapshot.layer1[0].conv3.weight).onto_residual
+    assert not mkldnn.kept(other._snapshot.layer1[0].conv3.weight).onto_residual
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,16 +198,16 @@ def test_the_source_and_its_copies_carry_nothing(kind, choose, tiny, images, tmp
     model = tiny(kind)
     prepared = fastvr.prepare(model, images())
     assert _packed(prepared)
-    assert not any(_mkldnn.kept(p) for p in model.parameters())
+    assert not any(mkldnn.kept(p) for p in model.parameters())
     assert not any(t.is_mkldnn for t in prepared._snapshot.state_dict().values())
     snapshot = copy.deepcopy(prepared._snapshot)
-    assert not any(_mkldnn.kept(p) for p in snapshot.parameters())
+    assert not any(mkldnn.kept(p) for p in snapshot.parameters())
     with torch.no_grad():
         y, expected = snapshot(images()), prepared(images())
     torch.testing.assert_close(y, expected)
     torch.save(prepared._snapshot.state_dict(), tmp_path / "weights.pt")
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert not any(t.is_mkldnn or _mkldnn.kept(t) for t in loaded.values())
+    assert not any(t.is_mkldnn or mkldnn.kept(t) for t in loaded.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -216,7 +216,7 @@ def test_other_dtypes(kind, dtype, choose, tiny, images) -> None:
     choose(1)
     model = tiny(kind).to(dtype)
     prepared = fastvr.prepare(model, images().to(dtype))
-    assert ("mkldnn" in _implementations(prepared, images().to(dtype))) == _mkldnn.supports(dtype)
+    assert ("mkldnn" in _implementations(prepared, images().to(dtype))) == mkldnn.supports(dtype)
     with torch.no_grad(), fastvr.use_backend("reference"):
         x = images().to(dtype)
         assert_parity(prepared(x), model(x), truth_model(model)(x.double()))

@@ -10,7 +10,7 @@ import torch
 
 import fastvr
 from fastvr import backend, tuner, tuning
-from fastvr.ops import _mkldnn
+from fastvr.ops.cpu import mkldnn
 from fastvr.prepare import measured
 from fastvr.prepare.folded import FoldedViT, folded_if_faster
 
@@ -41,7 +41,7 @@ def quick(monkeypatch, tmp_path):
 def test_measures_what_is_unknown_and_only_once(quick, tiny_vit, images, monkeypatch) -> None:
     reports, table = quick
     # the CPU's own calls, where it has them, round elsewhere
-    monkeypatch.setattr(_mkldnn, "supports", lambda dtype: False)
+    monkeypatch.setattr(mkldnn, "supports", lambda dtype: False)
     model, x = tiny_vit(depth=1).bfloat16(), images(2).bfloat16()
     prepared = fastvr.prepare(model, x)
     assert reports[0].planned > 0

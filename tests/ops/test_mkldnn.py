@@ -10,16 +10,16 @@ import torch
 from contract import randn
 
 from fastvr import backend
-from fastvr.ops import _mkldnn
 from fastvr.ops.conv_bn_relu import conv_bn_relu
+from fastvr.ops.cpu import mkldnn
 from fastvr.ops.linear import linear
 from fastvr.reference.conv_bn_relu import conv_bn_relu as conv_reference
 from fastvr.reference.linear import linear as linear_reference
 from fastvr.testing import GELU_TAIL, assert_parity
 
-pytestmark = pytest.mark.skipif(_mkldnn.missing() is not None, reason=str(_mkldnn.missing()))
+pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
 
-DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if _mkldnn.supports(d)]
+DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if mkldnn.supports(d)]
 ACTS = ["none", "relu", "gelu", "gelu_tanh"]
 
 
@@ -64,9 +64,9 @@ def test_linear(layout, residual, gamma, act, dtype) -> None:
     )
     eager, exact = linear_reference(*args), linear_reference(*_double(args))
     floor = GELU_TAIL * (args[3].abs().double() if gamma else 1) if act == "gelu" else 0.0
-    packed = _mkldnn.pack_linear(weight, 150)
+    packed = mkldnn.pack_linear(weight, 150)
     for candidate in (packed, dataclasses.replace(packed, gelu=False)):
-        _mkldnn.keep(weight, candidate)
+        mkldnn.keep(weight, candidate)
         with backend.observe() as ran:
             actual = linear(x, weight, bias, gamma=args[3], residual=args[4], act=act)
         assert ran == {("linear", "mkldnn"): 1}
@@ -81,10 +81,10 @@ def test_linear_in_parts(columns, most, residual, gamma, act) -> None:
     x, weight, bias = randn(3, 20, columns), randn(40, columns) * columns**-0.5, randn(40)
     other = None if residual is None else randn(3, 20, 40, dtype=residual)
     args = (x, weight, bias, randn(40) if gamma else None, other, act)
-    packed = _mkldnn.pack_linear(weight, 60, most_terms=most)
+    packed = mkldnn.pack_linear(weight, 60, most_terms=most)
     assert len(packed.parts) == -(-columns // packed.terms) > 1
     assert packed.terms % 16 == 0
-    _mkldnn.keep(weight, packed)
+    mkldnn.keep(weight, packed)
     with backend.observe() as ran:
         actual = linear(x, weight, bias, gamma=args[3], residual=other, act=act)
     assert ran == {("linear", "mkldnn"): 1}
@@ -97,18 +97,18 @@ def test_parts_have_the_smaller_error() -> None:
     exact = x.double() @ weight.double().T
 
     def error(packed) -> float:
-        return float((_mkldnn.linear(x, packed, None, None, None, "none") - exact).square().mean())
+        return float((mkldnn.linear(x, packed, None, None, None, "none") - exact).square().mean())
 
-    whole = _mkldnn.pack_linear(weight, 64)
-    assert error(_mkldnn.pack_linear(weight, 64, most_terms=256)) < error(whole)
+    whole = mkldnn.pack_linear(weight, 64)
+    assert error(mkldnn.pack_linear(weight, 64, most_terms=256)) < error(whole)
     # nothing to cut
-    assert not _mkldnn.pack_linear(weight, 64, most_terms=3072).parts
+    assert not mkldnn.pack_linear(weight, 64, most_terms=3072).parts
 
 
 @pytest.mark.parametrize("rows", [(0,), (1,), (7,), (2, 0), (1, 1), (300,), ()])
 def test_any_number_of_rows(rows) -> None:
     weight, bias = randn(40, 24), randn(40)
-    _mkldnn.keep(weight, _mkldnn.pack_linear(weight, 64))
+    mkldnn.keep(weight, mkldnn.pack_linear(weight, 64))
     x = randn(*rows, 24)
     expected, exact = torch.nn.functional.linear(x, weight, bias), None
     actual = linear(x, weight, bias)
@@ -138,8 +138,8 @@ def _convolution(kind: str, dtype: torch.dtype, *, residual: bool, act: str = "r
     return [x, weight, scale, shift, None, None, 1e-5, (s, s), (p, p), groups, act, other, None, None]
 
 
-def _packed(args: list, size: tuple[int, ...] | None = None) -> _mkldnn.Packed:
-    return _mkldnn.pack_convolution(*args[1:4], *args[7:10], size or args[0].shape)
+def _packed(args: list, size: tuple[int, ...] | None = None) -> mkldnn.Packed:
+    return mkldnn.pack_convolution(*args[1:4], *args[7:10], size or args[0].shape)
 
 
 def _op(args: list) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_convolution(kind, residual, act, layout, dtype) -> None:
             args[i] = args[i].contiguous(memory_format=layout)
     eager, exact = conv_reference(*args), conv_reference(*_double(args))
     for onto in (False, True):
-        _mkldnn.keep(args[1], dataclasses.replace(_packed(args), onto_residual=onto))
+        mkldnn.keep(args[1], dataclasses.replace(_packed(args), onto_residual=onto))
         given = list(args)
         if residual:
             given[11] = args[11].clone()
@@ -190,7 +190,7 @@ def test_convolution(kind, residual, act, layout, dtype) -> None:
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_any_batch_and_size(kind, n) -> None:
     args = _convolution(kind, torch.float32, residual=True, n=n)
-    _mkldnn.keep(args[1], _packed(args, (4, args[0].shape[1], 56, 56)))
+    mkldnn.keep(args[1], _packed(args, (4, args[0].shape[1], 56, 56)))
     actual, eager = _op(args), conv_reference(*args)
     assert actual.shape == eager.shape
     if n:
@@ -204,7 +204,7 @@ def test_maps_of_few_pixels(n, onto, size) -> None:
     args = _convolution("1x1", torch.float32, residual=False, n=n)
     args[0], args[11] = randn(n, 32, *size), randn(n, 64, *size)
     eager, exact = conv_reference(*args), conv_reference(*_double(args))
-    _mkldnn.keep(args[1], dataclasses.replace(_packed(args), onto_residual=onto))
+    mkldnn.keep(args[1], dataclasses.replace(_packed(args), onto_residual=onto))
     assert_parity(_op(args), eager, exact)
 
 
@@ -215,13 +215,13 @@ def test_sizes_share_the_layouts_that_they_want() -> None:
         asked.append(size)
         return torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 32), *size)
 
-    layouts = _mkldnn.Layouts(pack, (8,))
+    layouts = mkldnn.Layouts(pack, (8,))
     first = layouts.of((8,))
     kinds = {id(layouts.of((rows,))) for rows in range(300) for _ in range(2)}
     # 0 rows have no layout of their own, and beyond the most sizes no new one is asked for
-    assert len(asked) == len(set(asked)) == _mkldnn._MOST_SIZES
+    assert len(asked) == len(set(asked)) == mkldnn._MOST_SIZES
     assert id(first) in kinds
-    described = {_mkldnn._layout(pack((rows,))) for rows in range(1, 20)}
+    described = {mkldnn._layout(pack((rows,))) for rows in range(1, 20)}
     assert len(kinds) <= len(described) + 1
 
 
@@ -229,7 +229,7 @@ def test_uint8_images() -> None:
     args = _convolution("7x7 stride 2", torch.float32, residual=False)
     args[0] = torch.randint(0, 256, args[0].shape, dtype=torch.uint8)
     args[12:] = [torch.rand(3), torch.rand(3) + 0.5]
-    _mkldnn.keep(args[1], _packed(args))
+    mkldnn.keep(args[1], _packed(args))
     assert_parity(_op(args), conv_reference(*args), conv_reference(*_double(args)))
 
 
@@ -237,7 +237,7 @@ def test_uint8_images() -> None:
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_a_poisoned_sample_keeps_to_itself(residual, poison) -> None:
     args = _convolution("3x3", torch.float32, residual=residual, n=3)
-    _mkldnn.keep(args[1], _packed(args))
+    mkldnn.keep(args[1], _packed(args))
     clean = _op(args)
     args[0] = args[0].clone()
     args[0][1] = poison
@@ -249,7 +249,7 @@ def test_a_poisoned_sample_keeps_to_itself(residual, poison) -> None:
         assert dirty[1].isnan().all()
     for act in ACTS:
         weight, rows = randn(32, 16), randn(3, 5, 16)
-        _mkldnn.keep(weight, _mkldnn.pack_linear(weight, 15))
+        mkldnn.keep(weight, mkldnn.pack_linear(weight, 15))
         clean = linear(rows, weight, act=act)
         rows[1] = poison
         dirty = linear(rows, weight, act=act)
@@ -260,7 +260,7 @@ def test_a_poisoned_sample_keeps_to_itself(residual, poison) -> None:
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     for kind, residual in itertools.product(CONVOLUTIONS, (False, True)):
         args = _convolution(kind, torch.float32, residual=residual, n=3)
-        _mkldnn.keep(args[1], _packed(args))
+        mkldnn.keep(args[1], _packed(args))
         whole = _op(args)
         for i in range(3):
             one = list(args)
@@ -270,7 +270,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_what_takes_the_plain_way() -> None:
     x, weight = randn(4, 16), randn(8, 16)
-    _mkldnn.keep(weight, _mkldnn.pack_linear(weight, 4))
+    mkldnn.keep(weight, mkldnn.pack_linear(weight, 4))
 
     def implementations(run) -> set[str]:
         with backend.observe() as ran:
@@ -290,27 +290,27 @@ def test_what_takes_the_plain_way() -> None:
         assert needs.grad is not None
     # another scale than the one that was multiplied in
     args = _convolution("1x1", torch.float32, residual=False)
-    _mkldnn.keep(args[1], _packed(args))
+    mkldnn.keep(args[1], _packed(args))
     assert implementations(lambda: _op(args)) == {"mkldnn"}
     args[2] = args[2].clone()
     assert implementations(lambda: _op(args)) == {"reference"}
 
 
 def test_a_missing_operator_is_named(monkeypatch) -> None:
-    _mkldnn.missing.cache_clear()
+    mkldnn.missing.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     try:
-        assert _mkldnn.missing() == "this PyTorch is built without oneDNN"
-        assert not _mkldnn.supports(torch.float32)
+        assert mkldnn.missing() == "this PyTorch is built without oneDNN"
+        assert not mkldnn.supports(torch.float32)
     finally:
-        _mkldnn.missing.cache_clear()
+        mkldnn.missing.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_what_onednn_emulates_is_not_taken(monkeypatch) -> None:
-    assert not _mkldnn.supports(torch.float64)
+    assert not mkldnn.supports(torch.float64)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False, raising=False)
-        assert not _mkldnn.supports(dtype)
+        assert not mkldnn.supports(dtype)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not _mkldnn.supports(torch.float32)
+        assert not mkldnn.supports(torch.float32)

@@ -7,8 +7,8 @@ import torch
 from contract import randn
 
 from fastvr import backend
-from fastvr.ops import _mkldnn, _winograd
 from fastvr.ops.conv_bn_relu import conv_bn_relu
+from fastvr.ops.cpu import mkldnn, winograd
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
 from fastvr.testing import assert_parity
 
@@ -33,7 +33,7 @@ def _case(n=2, c=24, o=40, size=(14, 10), padding=(1, 1), *, act="relu", bn=True
         "act": act,
         "residual": randn(n, o, *out) if residual else None,
     }
-    _mkldnn.keep(case["weight"], _winograd.pack(case["weight"], case["bn_weight"], case["bn_bias"]))
+    mkldnn.keep(case["weight"], winograd.pack(case["weight"], case["bn_weight"], case["bn_bias"]))
     return case
 
 
@@ -101,7 +101,7 @@ def test_a_batch_in_parts(dtype, monkeypatch) -> None:
     case["residual"] = randn(5, 40, 14, 10, dtype=dtype)
     whole = conv_bn_relu(**case)
     assert whole.dtype == torch.promote_types(dtype, torch.float32)
-    monkeypatch.setattr(_winograd, "_POINTS", 2 * 16 * 7 * 5 * 40)
+    monkeypatch.setattr(winograd, "_POINTS", 2 * 16 * 7 * 5 * 40)
     assert torch.equal(conv_bn_relu(**case), whole)
 
 
@@ -153,10 +153,10 @@ def test_a_poisoned_sample_keeps_to_itself(poison) -> None:
 
 def test_what_it_takes() -> None:
     weight = torch.ones(16, 16, 3, 3)
-    assert _winograd.takes(weight, (1, 1), 1)
-    assert not _winograd.takes(weight, (2, 2), 1)
-    assert not _winograd.takes(weight, (1, 1), 2)
-    assert not _winograd.takes(torch.ones(8, 8, 3, 3), (1, 1), 1)
-    assert not _winograd.takes(torch.ones(16, 16, 1, 1), (1, 1), 1)
-    assert not _winograd.takes(weight.bfloat16(), (1, 1), 1)
-    assert not _winograd.takes(weight.double(), (1, 1), 1)
+    assert winograd.takes(weight, (1, 1), 1)
+    assert not winograd.takes(weight, (2, 2), 1)
+    assert not winograd.takes(weight, (1, 1), 2)
+    assert not winograd.takes(torch.ones(8, 8, 3, 3), (1, 1), 1)
+    assert not winograd.takes(torch.ones(16, 16, 1, 1), (1, 1), 1)
+    assert not winograd.takes(weight.bfloat16(), (1, 1), 1)
+    assert not winograd.takes(weight.double(), (1, 1), 1)

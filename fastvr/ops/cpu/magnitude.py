@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvr.ops._pass import Pass, current
+from fastvr.ops.cpu.prepared_pass import Pass, current
 
 _NAME = "_fastvr_magnitude"
 

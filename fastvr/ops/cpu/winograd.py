@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from fastvr.ops._magnitude import Gain
+from fastvr.ops.cpu.magnitude import Gain
 
 # what a filter is multiplied by from both sides; the other two transforms are written out below
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from fastvr.ops._magnitude import Gain
-from fastvr.ops._pass import current
-from fastvr.ops._winograd import Winograd
+from fastvr.ops.cpu.magnitude import Gain
+from fastvr.ops.cpu.prepared_pass import current
+from fastvr.ops.cpu.winograd import Winograd
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
