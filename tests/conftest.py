@@ -34,7 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        (left if cases[test] % every else kept).append(item)
+        # what PyTorch's compiler traces differs most between versions, and from case to case
+        skipped = cases[test] % every and not ("compiles" in test or "exports" in test)
+        (left if skipped else kept).append(item)
         cases[test] += 1
     if left:
         config.hook.pytest_deselected(items=left)

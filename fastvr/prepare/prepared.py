@@ -138,6 +138,7 @@ class PreparedModel:
                 and x.device.type == "cpu"
                 and backend.current_backend() == "auto"
                 and not torch.is_autocast_enabled("cpu")
+                and not torch.compiler.is_compiling()
             ):
                 with running(x, self._chosen):
                     return without_marks(self._snapshot(x))

@@ -34,4 +34,5 @@ def running(image: torch.Tensor, chosen: Collection[Hashable]) -> Iterator[None]
 
 
 def current() -> Pass | None:
-    return _pass.get()
+    # PyTorch 2.11's compiler does not trace context variables, and what it traces is no such pass
+    return None if torch.compiler.is_compiling() else _pass.get()
