@@ -16,6 +16,8 @@ from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck, conv1x1, conv3x3, run_stage
 from fastvr.nn.running_statistics import Moves
 from fastvr.nn.stem import stem, stem_map
+from fastvr.ops.cpu.magnitude import carry_on
+from fastvr.ops.cpu.prepared_pass import current
 
 
 class ResNet(Model):
@@ -138,14 +140,24 @@ class ResNet(Model):
         moments = self.image_moments(x, dtype)
         moves = Moves()
         maps: list[torch.Tensor] = []
-        if 0 in taken:
+        stages, done = (self.layer1, self.layer2, self.layer3, self.layer4), 0
+        pooled, run = (self.conv1, self.bn1, self.relu, self.maxpool), current()
+        if run is not None and run.parts is not None and not taken and last == 4:
+            done = run.parts.stages
+            made = []
+            for part in x.split(run.parts.images(x)):
+                y = stem(*pooled, part, *moments, dtype)
+                for stage in stages[:done]:
+                    y = run_stage(stage, y)
+                made.append(y)
+            x = made[0] if len(made) == 1 else carry_on(made, torch.cat(made))
+        elif 0 in taken:
             x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
             maps.append(x)
             x = pool_map(self.maxpool, x)
         else:
-            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype, moves)
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        for i, stage in enumerate(stages[:last], 1):
+            x = stem(*pooled, x, *moments, dtype, moves)
+        for i, stage in enumerate(stages[done:last], done + 1):
             if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
                 moves.apply()
                 for block in stage:

@@ -303,6 +303,8 @@ def run_packed(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """What ``packed`` gives on a CPU; the other arguments as the op's, x in the weight's dtype."""
+    if isinstance(packed, winograd.Winograd) and not packed.fits(x.shape, padding):
+        packed = packed.direct
     backend.ran("conv_bn_relu", packed.name)
     most = None if packed.gain is None else magnitude.bound(packed.gain, x, residual)
     if isinstance(packed, winograd.Winograd):

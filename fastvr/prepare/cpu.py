@@ -22,13 +22,14 @@ import torch
 from torch import nn
 
 from fastvr import backend
+from fastvr.models.resnet import ResNet
 from fastvr.nn.conv_bn_relu import plain_conv
 from fastvr.nn.plain import plain
 from fastvr.nn.residual import BasicBlock, Bottleneck
 from fastvr.ops import attention, conv_bn_relu, linear
 from fastvr.ops._op import Op
 from fastvr.ops.cpu import mkldnn, onednn_attention, winograd
-from fastvr.ops.cpu.prepared_pass import running
+from fastvr.ops.cpu.prepared_pass import Parts, running
 from fastvr.prepare.graphs import layout_of
 from fastvr.reference.image import normalize
 from fastvr.reference.linear import GELU
@@ -42,8 +43,12 @@ _LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
 # of a float32 sum, where oneDNN's alone is not exact enough: half of its error remains
 _MOST_TERMS = 768
 
-# the share of PyTorch's time that a call may take at most: it must earn the memory of the second layout
-_SHARE = 0.97
+# of a ResNet run in parts: how many images at once and on how many of them that is measured
+_STAGES_IN_PARTS, _IMAGES_AT_ONCE, _MEASURED_IMAGES = 2, (1, 2, 4), 8
+
+# the share of the first one's time that another call may take at most: it must earn the memory of the second
+# layout; Winograd's form moves so many numbers that the calls around it find less of theirs in the cache
+_SHARE, _WINOGRAD_SHARE = 0.97, 0.92
 
 
 def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]:
@@ -63,18 +68,42 @@ def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]
     dtypes = {p.dtype for p in weights.values()}
     if backend.current_backend() != "auto" or not example.numel() or not all(map(mkldnn.supports, dtypes)):
         return frozenset()
-    generator = torch.Generator().manual_seed(0)
-    if example.is_floating_point():
-        images = torch.randn(example.shape, generator=generator).to(example.dtype)
-    else:
-        images = torch.randint(0, 256, example.shape, generator=generator, dtype=example.dtype)
-    images = images.contiguous(memory_format=layout_of(example))
+    images = _images_like(example)
     packer = _Packer(weights)
     run = running(images, packer.chosen) if is_known(model) else contextlib.nullcontext()
     with mkldnn.packing(packer), run, torch.no_grad():
         model(images)
     _write_onto_residuals(model)
     return frozenset(packer.chosen)
+
+
+def fastest_parts(model: nn.Module, example: torch.Tensor, chosen: frozenset[Hashable]) -> Parts | None:
+    """In which parts a ResNet whose weights are laid out runs images like ``example`` the fastest; None is
+    whole. A few images tell; what follows is true of more."""
+    if not isinstance(model, ResNet) or backend.current_backend() != "auto":
+        return None
+    images = _images_like(example[:_MEASURED_IMAGES])
+    pixels = images.shape[2] * images.shape[3]
+    parts: list[Parts | None] = [None]
+    parts += [Parts(_STAGES_IN_PARTS, n * pixels) for n in _IMAGES_AT_ONCE if 2 * n <= len(images)]
+    if len(parts) == 1 or not pixels:
+        return None
+
+    def run(parts: Parts | None) -> None:
+        with running(images, chosen, parts), torch.no_grad():
+            model(images)
+
+    # nothing else is spent on it
+    return parts[_fastest([functools.partial(run, candidate) for candidate in parts], 0.99)]
+
+
+def _images_like(example: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if example.is_floating_point():
+        images = torch.randn(example.shape, generator=generator).to(example.dtype)
+    else:
+        images = torch.randint(0, 256, example.shape, generator=generator, dtype=example.dtype)
+    return images.contiguous(memory_format=layout_of(example))
 
 
 def is_known(model: nn.Module) -> bool:
@@ -156,12 +185,16 @@ class _Packer:
         if not self._wanted(a.x, a.weight) or a.running_mean is not None:
             return
         geometry = a.stride, a.padding, a.groups
-        candidates: list[Callable[[], mkldnn.AnyPacked]] = [
+        direct = functools.cache(
             lambda: mkldnn.pack_convolution(a.weight, a.bn_weight, a.bn_bias, *geometry, a.x.shape)
+        )
+        candidates: list[Callable[[], mkldnn.AnyPacked]] = [direct]
+        candidates += [
+            functools.partial(_in_tiles, a, tile, direct)
+            for tile in winograd.TILES
+            if winograd.takes(a.weight, tile, *geometry, a.x.shape)
         ]
-        if winograd.takes(a.weight, a.stride, a.groups):
-            candidates.append(lambda: winograd.pack(a.weight, a.bn_weight, a.bn_bias))
-        self._keep(conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates])
+        self._keep(conv_bn_relu.CONV_BN_RELU, a, _convolve, [candidates], share=_WINOGRAD_SHARE)
 
     def _keep(
         self,
@@ -172,13 +205,14 @@ class _Packer:
         *,
         eager: Callable[[], object] | None = None,
         floor: float | torch.Tensor = 0.0,
+        share: float = _SHARE,
     ) -> None:
         """Keep the fastest of the candidates that hold the parity rule, from the first of ``groups`` where
         any does, or, where ``eager`` is given, nothing if that is faster."""
         candidates = [pack for group in groups for pack in group]
         key = (op.name, *(_kind(value) for value in a))
         if key not in self._places:
-            self._places[key] = _choose(op, a, run, groups, eager, floor)
+            self._places[key] = _choose(op, a, run, groups, eager, floor, share)
         chosen = self._places[key]
         packed = None if chosen is None else candidates[chosen]()
         logger.debug("prepare: %s runs in %s", key, "PyTorch" if packed is None else packed.name)
@@ -193,6 +227,7 @@ def _choose(
     groups: Sequence[Sequence[Callable[[], mkldnn.AnyPacked]]],
     eager: Callable[[], object] | None,
     floor: float | torch.Tensor,
+    share: float,
 ) -> int | None:
     """The place of the chosen candidate among all of ``groups``; None is PyTorch itself."""
     first = 0
@@ -203,8 +238,8 @@ def _choose(
         if right:
             calls = [functools.partial(run, a, made[i]) for i in right]
             if eager is not None:
-                return [None, *right][_fastest([eager, *calls])]
-            return right[_fastest(calls) if len(right) > 1 else 0]
+                return [None, *right][_fastest([eager, *calls], share)]
+            return right[_fastest(calls, share) if len(right) > 1 else 0]
     return None
 
 
@@ -215,6 +250,12 @@ def _multiply(a: linear.Arguments, packed: mkldnn.Packed) -> torch.Tensor:
 def _convolve(a: conv_bn_relu.Arguments, packed: mkldnn.AnyPacked) -> torch.Tensor:
     x = normalize(a.x, a.mean, a.std, a.weight.dtype)
     return conv_bn_relu.run_packed(x, packed, a.stride, a.padding, a.groups, a.act, a.residual)
+
+
+def _in_tiles(
+    a: conv_bn_relu.Arguments, tile: tuple[int, int], direct: Callable[[], mkldnn.Packed]
+) -> winograd.Winograd:
+    return winograd.pack(a.weight, a.bn_weight, a.bn_bias, tile, a.padding, a.x.shape, direct())
 
 
 def _kind(value: object) -> Hashable:
@@ -242,8 +283,8 @@ def _holds_parity(
     return report.passed
 
 
-def _fastest(calls: Sequence[Callable[[], object]]) -> int:
-    """The index of the call whose shortest run is the shortest; 0 unless one takes ``_SHARE`` of its time."""
+def _fastest(calls: Sequence[Callable[[], object]], share: float = _SHARE) -> int:
+    """The index of the call whose shortest run is the shortest; 0 unless one takes ``share`` of its time."""
     for call in calls:
         call()
     best, end = [math.inf] * len(calls), time.perf_counter() + _SECONDS
@@ -254,5 +295,5 @@ def _fastest(calls: Sequence[Callable[[], object]]) -> int:
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
-    best[0] *= _SHARE
+    best[0] *= share
     return best.index(min(best))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from fastvr.models._model import Model
 from fastvr.models.features import Backbone
 from fastvr.ops.cpu.magnitude import without_marks
 from fastvr.ops.cpu.prepared_pass import running
-from fastvr.prepare.cpu import is_known, pack_weights
+from fastvr.prepare.cpu import fastest_parts, is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
 from fastvr.prepare.graphs import Graphs
 from fastvr.prepare.measured import measure_unknown
@@ -103,12 +103,16 @@ class PreparedModel:
             snapshot = folded_if_faster(plain, example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
-            chosen = pack_weights(snapshot, example) if device.type == "cpu" else frozenset()
+            chosen, parts = frozenset[Hashable](), None
+            unobserved = device.type == "cpu" and is_known(snapshot)
+            if device.type == "cpu":
+                chosen = pack_weights(snapshot, example)
+            if unobserved:
+                parts = fastest_parts(snapshot, example, chosen)
             wanted = device.type == "cuda" and self._batch_sizes
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation
-        self._chosen = chosen
-        self._unobserved = device.type == "cpu" and is_known(snapshot)
+        self._chosen, self._parts, self._unobserved = chosen, parts, unobserved
 
     @property
     def captured(self) -> bool:
@@ -140,7 +144,7 @@ class PreparedModel:
                 and not torch.is_autocast_enabled("cpu")
                 and not torch.compiler.is_compiling()
             ):
-                with running(x, self._chosen):
+                with running(x, self._chosen, self._parts):
                     return without_marks(self._snapshot(x))
             return self._snapshot(x)
 

@@ -44,9 +44,10 @@ def measured(monkeypatch) -> list[tuple[int, ...]]:
 def _packed(kind: str, *, groups: int = 1, dtype: torch.dtype = torch.float32) -> mkldnn.AnyPacked:
     weight = randn(32, 16 // groups, 3, 3, dtype=dtype) * 0.3
     scale, shift = randn(32) + 0.5, randn(32) * 3
+    direct = mkldnn.pack_convolution(weight, scale, shift, (1, 1), (1, 1), groups, (2, 16, 9, 7))
     if kind == "winograd":
-        return winograd.pack(weight, scale, shift)
-    return mkldnn.pack_convolution(weight, scale, shift, (1, 1), (1, 1), groups, (2, 16, 9, 7))
+        return winograd.pack(weight, scale, shift, (4, 2), (1, 1), (2, 16, 9, 7), direct)
+    return direct
 
 
 def _run(packed, x, act="relu", residual=None, groups=1) -> torch.Tensor:

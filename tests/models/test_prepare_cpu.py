@@ -12,6 +12,7 @@ import torch
 import fastvr
 from fastvr import backend
 from fastvr.ops.cpu import mkldnn, winograd
+from fastvr.ops.cpu.prepared_pass import Parts
 from fastvr.prepare import cpu
 from fastvr.testing import assert_parity, truth_model
 
@@ -29,7 +30,7 @@ def choose(monkeypatch):
     """Lets the candidate of the given index win, 0 being PyTorch, where the parity rule allows it."""
 
     def pick(index: int) -> None:
-        def fastest(calls):
+        def fastest(calls, share=1.0):
             for call in calls:
                 call()
             return min(index, len(calls) - 1)
@@ -71,6 +72,63 @@ def test_forced_everywhere_it_holds_parity_at_any_batch(
             assert_parity(prepared(x), model(x), exact(x.double()))
             assert torch.equal(x, before)
         assert prepared(images(0)).shape == (0, 10)
+
+
+def test_winograds_larger_tiles_hold_parity_at_any_size(choose, tiny_resnet, images) -> None:
+    choose(2)
+    model = tiny_resnet("basic", width=64)
+    prepared = fastvr.prepare(model, images(size=64))
+    tiles = {packed.tile for packed in _packed(prepared) if isinstance(packed, winograd.Winograd)}
+    # maps of 16 and 8 pixels are large enough for them
+    assert tiles == set(winograd.TILES)
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        exact = truth_model(model)
+        for n, size in ((1, 64), (3, 64), (2, 96), (2, 32), (2, (80, 33))):
+            x = images(n, size)
+            assert_parity(prepared(x), model(x), exact(x.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_a_resnet_in_parts_is_the_resnet(kind, dtype, choose, tiny, images) -> None:
+    def of(n: int, size: int = 32, seed: int = 3) -> torch.Tensor:
+        x = images(n, size, seed).contiguous(memory_format=torch.channels_last)
+        return x if dtype == torch.float32 else (x * 40 + 128).clamp(0, 255).byte()
+
+    choose(0)
+    model = tiny(kind)
+    model.normalize_images((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    whole = fastvr.prepare(model, of(4))
+    choose(2)
+    parts = fastvr.prepare(model, of(4))
+    assert whole._parts is None
+    # two images of the example at once
+    assert parts._parts == Parts(2, 2 * 32 * 32)
+    assert [parts._parts.images(of(1, size)) for size in (16, 32, 40, 64)] == [8, 2, 1, 1]
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        exact = truth_model(model)
+        for n, size in ((4, 32), (5, 32), (1, 32), (0, 32), (3, 48)):
+            x = of(n, size)
+            before = x.clone()
+            y = parts(x)
+            assert torch.equal(x, before)
+            assert y.shape == (n, 10)
+            if n:
+                assert_parity(y, model(x), exact(x.double() if x.is_floating_point() else x))
+    again, other = parts(of(5)), parts(of(5, seed=4))
+    assert torch.equal(again, parts(of(5)))
+    assert not torch.equal(again, other)
+
+
+def test_one_image_and_a_backbone_are_not_run_in_parts(choose, tiny_resnet, images) -> None:
+    choose(2)
+    assert fastvr.prepare(tiny_resnet(), images(1))._parts is None
+    backbone = fastvr.Backbone(tiny_resnet(num_classes=0, global_pool=""), (1, 3))
+    prepared = fastvr.prepare(backbone, images(4))
+    assert prepared._parts is None
+    with torch.no_grad(), fastvr.use_backend("reference"):
+        for found, expected in zip(prepared(images(4)), backbone(images(4)), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_where_pytorch_is_faster_nothing_is_kept(choose, tiny_vit, images) -> None:
@@ -115,14 +173,13 @@ def test_sums_that_are_not_exact_enough_are_cut(choose, tiny_vit, images, monkey
         assert_parity(prepared(images()), model(images()), truth_model(model)(images().double()))
 
 
-def test_the_faster_call_wins(monkeypatch) -> None:
+def test_the_faster_call_wins() -> None:
     large, small = torch.randn(400, 400), torch.randn(4, 4)
     slow, fast = (lambda: large @ large), (lambda: small @ small)
     assert cpu._fastest([slow, fast]) == 1
     assert cpu._fastest([fast, slow]) == 0
     assert cpu._fastest([slow]) == 0
-    monkeypatch.setattr(cpu, "_SHARE", 0.0)
-    assert cpu._fastest([slow, fast]) == 0
+    assert cpu._fastest([slow, fast], 0.0) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

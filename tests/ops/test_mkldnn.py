@@ -11,7 +11,7 @@ from contract import randn
 
 from fastvr import backend
 from fastvr.ops.conv_bn_relu import conv_bn_relu
-from fastvr.ops.cpu import mkldnn
+from fastvr.ops.cpu import layouts, mkldnn
 from fastvr.ops.linear import linear
 from fastvr.reference.conv_bn_relu import conv_bn_relu as conv_reference
 from fastvr.reference.linear import linear as linear_reference
@@ -215,13 +215,13 @@ def test_sizes_share_the_layouts_that_they_want() -> None:
         asked.append(size)
         return torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 32), *size)
 
-    layouts = mkldnn.Layouts(pack, (8,))
-    first = layouts.of((8,))
-    kinds = {id(layouts.of((rows,))) for rows in range(300) for _ in range(2)}
+    several = layouts.Layouts(pack, (8,))
+    first = several.of((8,))
+    kinds = {id(several.of((rows,))) for rows in range(300) for _ in range(2)}
     # 0 rows have no layout of their own, and beyond the most sizes no new one is asked for
-    assert len(asked) == len(set(asked)) == mkldnn._MOST_SIZES
+    assert len(asked) == len(set(asked)) == layouts._MOST_SIZES
     assert id(first) in kinds
-    described = {mkldnn._layout(pack((rows,))) for rows in range(1, 20)}
+    described = {layouts._layout(pack((rows,))) for rows in range(1, 20)}
     assert len(kinds) <= len(described) + 1
 
 

@@ -9,6 +9,7 @@ measured where that has grown too far, or nothing is known of them, as of an ima
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from fastvr.ops.cpu.prepared_pass import Pass, current
 
 _NAME = "_fastvr_magnitude"
 
-# products and sums up to here are finite in these types, with room for what Winograd's form adds up
-_MOST = {torch.float32: 1e36, torch.bfloat16: 1e36}
+# products and sums up to here are finite in these types, with room for Winograd's form, whose numbers on the
+# way are up to 300 times as large
+_MOST = {torch.float32: 1e35, torch.bfloat16: 1e35}
 
 
 class Gain(NamedTuple):
@@ -61,10 +63,16 @@ def carry(y: torch.Tensor, magnitude: float | None) -> torch.Tensor:
     return y
 
 
-def carry_on(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``y``, all of whose numbers are numbers of ``x``."""
+def carry_on(x: torch.Tensor | Sequence[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    """``y``, all of whose numbers are numbers of ``x``, a tensor or several."""
     run = current()
-    return y if run is None else carry(y, _known(x, run))
+    if run is None:
+        return y
+    largest: float | None = 0.0
+    for part in (x,) if isinstance(x, torch.Tensor) else x:
+        known = _known(part, run)
+        largest = None if largest is None or known is None else max(largest, known)
+    return carry(y, largest)
 
 
 def is_finite(x: torch.Tensor) -> bool:

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
+from fastvr.ops.cpu.layouts import Layouts
 from fastvr.ops.cpu.magnitude import Gain
 from fastvr.ops.cpu.prepared_pass import current
 from fastvr.ops.cpu.winograd import Winograd
 from fastvr.reference.linear import GELU, activate
 
 _KEPT = "_fastvr_packed"
-_MOST_SIZES = 256  # that a weight is laid out for; what comes after them takes the first's layout
 
 _packer: contextvars.ContextVar[Callable[[str, tuple[Any, ...]], None] | None] = contextvars.ContextVar(
     "fastvr_packer", default=None
@@ -76,35 +76,6 @@ def _relu_keeps_nan() -> bool:
     )
     rows = torch.ops.mkldnn._linear_pointwise(nan.view(1, 16), weight.view(16, 16), None, "relu", [], "")
     return bool(mapped.isnan().all()) and bool(rows.isnan().all())
-
-
-class Layouts:
-    """A weight as oneDNN reads it, for whatever size of x comes.
-
-    Which layout is the best depends on the size, and a weight in another one would be laid out anew at every
-    call. So each size is asked for once; those that want the same layout share it.
-    """
-
-    def __init__(self, pack: Callable[[Sequence[int]], torch.Tensor], size: Sequence[int]) -> None:
-        self._pack = pack
-        self._first = pack(size)
-        self._by_size = {tuple(size): self._first}
-        self._by_layout = {_layout(self._first): self._first}
-
-    def of(self, size: Sequence[int]) -> torch.Tensor:
-        found = self._by_size.get(tuple(size))
-        if found is None:
-            if 0 in size or len(self._by_size) >= _MOST_SIZES:
-                return self._first
-            found = self._pack(size)
-            found = self._by_size[tuple(size)] = self._by_layout.setdefault(_layout(found), found)
-        return found
-
-
-def _layout(packed: torch.Tensor) -> bytes:
-    """What tells one layout from another; all the same where PyTorch does not tell."""
-    describe = getattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md", None)
-    return b"" if describe is None else bytes(describe(packed).numpy().tobytes())
 
 
 @dataclasses.dataclass(frozen=True)
