@@ -114,20 +114,20 @@ def pack(
 ) -> Winograd:
     """``scale`` [O] times ``weight`` [O, C, 3, 3], transformed in float64 and rounded once, laid out for an x
     of ``size`` [N, C, H, W]; any may come. ``direct`` is the same for the direct sum."""
-    wide = weight.detach().double()
-    if scale is not None:
-        wide = wide * scale.double()[:, None, None, None]
-    points = _points(tile)
+    # without the attributes of a Parameter, which will lead here
+    weight, points, (n, c) = weight.detach(), _points(tile), size[:2]
 
     def reorder(size: Sequence[int]) -> torch.Tensor:
+        wide = weight.double()
+        if scale is not None:
+            wide = wide * scale.double()[:, None, None, None]
         rows, columns = (_sides(pixels).filter for pixels in tile)
-        transformed = torch.einsum("ak,oikl,bl->aboi", rows, wide, columns)
+        transformed = torch.einsum("ak,oikl,bl->aboi", rows, wide, columns).float().reshape(-1, c, 1, 1)
         layout: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-            transformed.reshape(-1, wide.shape[1], 1, 1).float(), [0, 0], [1, 1], [1, 1], points, list(size)
+            transformed, [0, 0], [1, 1], [1, 1], points, list(size)
         )
         return layout
 
-    n, c = size[:2]
     tiles = _tiles(_extent(size, padding), tile)
     images = -(-n // _parts(n, tiles, points, max(weight.shape[:2])))
     layouts = Layouts(reorder, (1, points * c, images * tiles[0] * tiles[1], 1))
