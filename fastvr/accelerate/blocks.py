@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,9 +70,14 @@ def fusable(act: object) -> Any:
     return act if getattr(function, "__name__", "").startswith("_gelu") else known
 
 
-def given(value: object) -> bool:
-    """Whether an optional argument asks for something."""
-    return value is not None and value is not False
+def asks(options: Mapping[str, object]) -> bool:
+    """Whether one of the keyword arguments that transformers hands down asks attention for something."""
+    # hidden states are recorded by hooks on the layers; attention is handed the wish, and ignores it
+    return any(
+        value is not None and value is not False
+        for name, value in options.items()
+        if name != "output_hidden_states"
+    )
 
 
 def ordinary_linear(*modules: nn.Module) -> bool:
@@ -280,7 +285,7 @@ class SplitAttention(Accelerated):
         if (
             not takes(hidden_states, getattr(self.q_proj, "weight", None))
             or attention_mask is not None
-            or any(map(given, kwargs.values()))
+            or asks(kwargs)
             or hidden_states.dim() != 3
             or self.separate()
             # "eager" also returns the weights
