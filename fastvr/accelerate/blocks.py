@@ -151,7 +151,8 @@ def own_or_fused_branch(
     if module.separate():
         y = module.own_forward(x if norm is None else layer_norm(norm, x))
         return join(y, gamma, residual, drawn(drop_path, y))
-    fused: torch.Tensor = type(module)._fastvr_accelerates.branch(module, x, norm, gamma, residual, drop_path)
+    kind = type(module).family._fastvr_accelerates
+    fused: torch.Tensor = kind.branch(module, x, norm, gamma, residual, drop_path)
     return fused
 
 
@@ -199,7 +200,17 @@ def joined(*layers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, torch.cat(biases)
 
 
-class FastMlp(Accelerated, Mlp):
+class LinearLayers(Accelerated):
+    """What linear layers are the parts of; without them the module's own forward runs."""
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        assert isinstance(module, Accelerated)
+        linear_layers = all(type(part) is nn.Linear for part in module.parts())
+        return cls.runs if linear_layers else "its own forward: its linear layers were replaced"
+
+
+class FastMlp(LinearLayers, Mlp):
     """Two linear layers; a family says where the library has them."""
 
     _fastvr_accelerates = Mlp
@@ -231,7 +242,7 @@ class FeedForward:
     kernels_drop = False
 
 
-class PackedAttention(Accelerated, Attention):
+class PackedAttention(LinearLayers, Attention):
     """Attention with one linear layer for queries, keys and values, and fastvr's (timm's) names."""
 
     _fastvr_accelerates = Attention
@@ -253,7 +264,7 @@ class PackedAttention(Accelerated, Attention):
     branch = own_or_fused_branch
 
 
-class SplitAttention(Accelerated):
+class SplitAttention(LinearLayers):
     """Attention with linear layers of their own for queries, keys and values, as transformers has it."""
 
     runs = "linear (the three weights joined), attention, linear (in a block: with LayerScale and residual)"

@@ -65,7 +65,7 @@ class TimmMlp(FastMlp):
     def refusal(cls, module: nn.Module) -> str | None:
         if _optional(module, "norm"):
             return "it normalises between its layers"
-        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+        return "its layers are convolutions" if isinstance(module.fc1, nn.Conv2d) else None
 
     def separate(self) -> bool:
         return super().separate() or _optional(self, "norm")
@@ -78,7 +78,7 @@ class TimmGlu(FastGlu):
             return "it normalises between its layers"
         if getattr(module, "gate_last", False) or not plain(getattr(module, "act", module), nn.SiLU):
             return "it is gated otherwise than SwiGLU"
-        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+        return "its layers are convolutions" if isinstance(module.fc1, nn.Conv2d) else None
 
     def separate(self) -> bool:
         return super().separate() or type(self).refusal(self) is not None
