@@ -47,7 +47,10 @@ def accelerate(model: nn.Module) -> Report:
     notes: dict[str, None] = {}
     for name, module in _modules(model):
         reason = _swap(module)
-        if isinstance(module, Accelerated):
+        if isinstance(module, Accelerated) and type(module)._fastvr_accelerates is type(module):
+            what = "a subclass of an accelerated module's class, which may compute something else"
+            left[name] = Entry(name, _kind(type(module)), what)
+        elif isinstance(module, Accelerated):
             family = type(module)
             swapped.append(Entry(name, _kind(family.original), family.describe(module)))
             covered.update(id(part) for part in family.parts(module))

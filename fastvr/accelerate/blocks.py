@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,9 +70,14 @@ def fusable(act: object) -> Any:
     return act if getattr(function, "__name__", "").startswith("_gelu") else known
 
 
-def given(value: object) -> bool:
-    """Whether an optional argument asks for something."""
-    return value is not None and value is not False
+def asks(options: Mapping[str, object]) -> bool:
+    """Whether one of the keyword arguments that transformers hands down asks attention for something."""
+    # hidden states are recorded by hooks on the layers; attention is handed the wish, and ignores it
+    return any(
+        value is not None and value is not False
+        for name, value in options.items()
+        if name != "output_hidden_states"
+    )
 
 
 def ordinary_linear(*modules: nn.Module) -> bool:
@@ -146,7 +151,8 @@ def own_or_fused_branch(
     if module.separate():
         y = module.own_forward(x if norm is None else layer_norm(norm, x))
         return join(y, gamma, residual, drawn(drop_path, y))
-    fused: torch.Tensor = type(module)._fastvr_accelerates.branch(module, x, norm, gamma, residual, drop_path)
+    kind = type(module).family._fastvr_accelerates
+    fused: torch.Tensor = kind.branch(module, x, norm, gamma, residual, drop_path)
     return fused
 
 
@@ -194,7 +200,17 @@ def joined(*layers: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, torch.cat(biases)
 
 
-class FastMlp(Accelerated, Mlp):
+class LinearLayers(Accelerated):
+    """What linear layers are the parts of; without them the module's own forward runs."""
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> str:
+        assert isinstance(module, Accelerated)
+        linear_layers = all(type(part) is nn.Linear for part in module.parts())
+        return cls.runs if linear_layers else "its own forward: its linear layers were replaced"
+
+
+class FastMlp(LinearLayers, Mlp):
     """Two linear layers; a family says where the library has them."""
 
     _fastvr_accelerates = Mlp
@@ -226,7 +242,7 @@ class FeedForward:
     kernels_drop = False
 
 
-class PackedAttention(Accelerated, Attention):
+class PackedAttention(LinearLayers, Attention):
     """Attention with one linear layer for queries, keys and values, and fastvr's (timm's) names."""
 
     _fastvr_accelerates = Attention
@@ -248,7 +264,7 @@ class PackedAttention(Accelerated, Attention):
     branch = own_or_fused_branch
 
 
-class SplitAttention(Accelerated):
+class SplitAttention(LinearLayers):
     """Attention with linear layers of their own for queries, keys and values, as transformers has it."""
 
     runs = "linear (the three weights joined), attention, linear (in a block: with LayerScale and residual)"
@@ -280,7 +296,7 @@ class SplitAttention(Accelerated):
         if (
             not takes(hidden_states, getattr(self.q_proj, "weight", None))
             or attention_mask is not None
-            or any(map(given, kwargs.values()))
+            or asks(kwargs)
             or hidden_states.dim() != 3
             or self.separate()
             # "eager" also returns the weights

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastvr.accelerate.blocks import FeedForward, attend, fusable, residual_branch
 from fastvr.accelerate.swap import Accelerated, takes
+from fastvr.nn.mlp import fused_name
 from fastvr.nn.plain import join, layer_norm
 from fastvr.ops.attention import attention, attention_kv
 from fastvr.ops.linear import linear
@@ -152,6 +153,7 @@ class TransformerEncoderLayer(Accelerated):
             # overridden in a subclass it is not; replaced on the instance it may be
             or "_sa_block" in self.__dict__
             or "_ff_block" in self.__dict__
+            or self._means_something_else_in_eval()
         ):
             y: torch.Tensor = self.own_forward(
                 src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
@@ -161,6 +163,25 @@ class TransformerEncoderLayer(Accelerated):
             return self._feed(self._attend(src, self.norm1), self.norm2)
         x = layer_norm(self.norm1, self._attend(src, None))
         return layer_norm(self.norm2, self._feed(x, None))
+
+    def _means_something_else_in_eval(self) -> bool:
+        """Whether PyTorch's one call for a whole layer in eval would compute something else than the modules.
+
+        It reads the weights wherever they are, whoever replaced their modules, and knows exact GELU and ReLU
+        alone, by what ``activation`` was when the layer was made: GELU(approximate="tanh") is exact in it.
+        """
+        known: int = getattr(self, "activation_relu_or_gelu", 0)
+        # only with these does PyTorch make that call
+        if self.training or not known or not getattr(self.self_attn, "batch_first", False):
+            return False
+        expected: dict[str, type[nn.Module]] = {
+            **dict.fromkeys(("linear1", "linear2"), nn.Linear),
+            **dict.fromkeys(("norm1", "norm2"), nn.LayerNorm),
+            "self_attn": nn.MultiheadAttention,
+        }
+        return fused_name(fusable(self.activation)) != ("gelu" if known == 2 else "relu") or not all(
+            _as_made(getattr(self, name), kind) for name, kind in expected.items()
+        )
 
     def _attend(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         # a module put in place is called as PyTorch's layer calls it
@@ -173,3 +194,9 @@ class TransformerEncoderLayer(Accelerated):
             self.linear1, fusable(self.activation), self.dropout, self.linear2, self.dropout2
         )
         return layers.branch(x, norm, residual=x)  # type: ignore[misc]
+
+
+def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is a ``kind``, as an accelerated one is, with its own forward; hooks it may have."""
+    cls = type(module)
+    return getattr(cls, "_fastvr_accelerates", cls) is kind and "forward" not in module.__dict__

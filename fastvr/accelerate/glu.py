@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastvr.accelerate.blocks import fusable, joined, ordinary_linear, own_or_fused_branch
-from fastvr.accelerate.swap import Accelerated, takes
+from fastvr.accelerate.blocks import LinearLayers, fusable, joined, ordinary_linear, own_or_fused_branch
+from fastvr.accelerate.swap import takes
 from fastvr.nn.glu import GluMlp
 from fastvr.nn.plain import DrawScale, drawn, idle, join, layer_norm, plain
 from fastvr.ops.linear import linear
 from fastvr.ops.swiglu import swiglu
 
 
-class FastGlu(Accelerated, GluMlp):
+class FastGlu(LinearLayers, GluMlp):
     """SwiGLU with one linear layer for gate and value, and fastvr's (timm's) names."""
 
     _fastvr_accelerates = GluMlp
@@ -38,7 +38,7 @@ class FastGlu(Accelerated, GluMlp):
     branch = own_or_fused_branch
 
 
-class SplitGlu(Accelerated):
+class SplitGlu(LinearLayers):
     """SwiGLU with linear layers of their own for gate and value; a family says what they are called."""
 
     runs = "linear (the two weights joined), swiglu, linear (in a block: with LayerScale and residual)"

@@ -43,6 +43,13 @@ class Accelerated(nn.Module):
     original: ClassVar[type[nn.Module]]
     family: ClassVar[type[Accelerated]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # a forward in a subclass that somebody makes of an accelerated module's class is called
+        made: Any = next((base for base in cls.__mro__[1:] if "original" in base.__dict__), None)
+        if made is not None and cls.forward is not made.forward:
+            cls._fastvr_accelerates = cls
+
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Why ``module``, of a class that this family is for, is better left to PyTorch, or None."""
@@ -113,7 +120,11 @@ def wrapped(module: nn.Module) -> bool:
 def unobserved(module: nn.Module) -> bool:
     """Whether ``module`` is accelerated and nobody observes or replaced its call, so that what contains it
     may compute for it."""
-    return isinstance(module, Accelerated) and plain(module, type(module)._fastvr_accelerates)
+    if not isinstance(module, Accelerated):
+        return False
+    # not the class's own: that of a subclass with another forward is the subclass
+    cls = type(module)
+    return plain(module, getattr(cls.family, "_fastvr_accelerates", cls.original))
 
 
 def takes(x: object, weight: object, *, norm: bool = False) -> bool:

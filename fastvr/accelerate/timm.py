@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from fastvr.accelerate.blocks import (
     FastMlp,
@@ -65,7 +66,7 @@ class TimmMlp(FastMlp):
     def refusal(cls, module: nn.Module) -> str | None:
         if _optional(module, "norm"):
             return "it normalises between its layers"
-        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+        return "its layers are convolutions" if isinstance(module.fc1, nn.Conv2d) else None
 
     def separate(self) -> bool:
         return super().separate() or _optional(self, "norm")
@@ -78,7 +79,7 @@ class TimmGlu(FastGlu):
             return "it normalises between its layers"
         if getattr(module, "gate_last", False) or not plain(getattr(module, "act", module), nn.SiLU):
             return "it is gated otherwise than SwiGLU"
-        return None if isinstance(getattr(module, "fc1", None), nn.Linear) else "its layers are convolutions"
+        return "its layers are convolutions" if isinstance(module.fc1, nn.Conv2d) else None
 
     def separate(self) -> bool:
         return super().separate() or type(self).refusal(self) is not None
@@ -280,10 +281,16 @@ class TimmResNet(Accelerated):
         return MAPS
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        if getattr(self, "grad_checkpointing", False) and not torch.compiler.is_compiling():
+            # a block that is made again stops at the last tensor that its gradient needs: timm's own does so
+            # behind its BatchNorms, a fused one before their running statistics move the second time
+            with set_checkpoint_early_stop(False):
+                y: torch.Tensor = super().forward_features(x)  # type: ignore[misc]
+            return y
         if getattr(self, "grad_checkpointing", False) or not takes_map(
             x, next(_convs(self.conv1), self.conv1)
         ):
-            y: torch.Tensor = super().forward_features(x)  # type: ignore[misc]
+            y = super().forward_features(x)  # type: ignore[misc]
             return y
         x = stem(self.conv1, self.bn1, self.act1, self.maxpool, x, None, None, x.dtype)
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -11,8 +11,8 @@ from fastvr.accelerate.blocks import (
     IDENTITY,
     FastMlp,
     SplitAttention,
+    asks,
     fusable,
-    given,
     residual_branch,
 )
 from fastvr.accelerate.encoder import MultiheadAttention
@@ -70,7 +70,7 @@ class ViTLayer(Accelerated):
             result: torch.Tensor = attention(x, attention_mask=attention_mask, **kwargs)[0]
             return result
 
-        unmasked = attention_mask is None and not any(map(given, kwargs.values()))
+        unmasked = attention_mask is None and not asks(kwargs)
         x = residual_branch(hidden_states, norms[0], attention, scales[0], drop, call, fused=unmasked)
         return residual_branch(x, norms[1], self.mlp, scales[1], drop)
 
@@ -113,7 +113,7 @@ class SiglipPool(Accelerated):
         attention, x = self.attention, hidden_state
         if (
             args
-            or any(map(given, kwargs.values()))
+            or asks(kwargs)
             or not isinstance(attention, MultiheadAttention)
             or not unobserved(attention)
             or attention.separate()

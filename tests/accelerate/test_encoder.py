@@ -64,6 +64,34 @@ def test_activations(activation, hold, tokens) -> None:
     assert ran["layernorm_mlp", "reference"] == (0 if activation is F.silu else 2)
 
 
+class _Shifted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def _changed(what: str) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(64, 2, 96, dropout=0.0, batch_first=True)
+    if what == "tanh":
+        return nn.TransformerEncoderLayer(
+            64, 2, 96, dropout=0.0, batch_first=True, activation=nn.GELU("tanh")
+        )
+    if what == "later":
+        layer.activation = F.silu
+    if what == "linear1":
+        layer.linear1.__class__ = _Shifted
+    return layer
+
+
+@pytest.mark.parametrize("what", ["tanh", "later", "linear1"])
+def test_what_pytorchs_own_call_for_a_layer_ignores(what, hold, hold_gradients, tokens) -> None:
+    """In eval PyTorch computes a layer from its weights alone, as exact GELU or ReLU; in training it calls
+    the modules. So does the accelerated layer."""
+    _, ran = hold(_changed(what), tokens)
+    assert not ran
+    ran = hold_gradients(_changed(what), tokens)
+    assert ran["attention", "reference"] == 1
+
+
 def test_without_biases(hold, tokens) -> None:
     _, ran = hold(_encoder(bias=False, batch_first=True), tokens)
     assert ran["attention", "reference"] == 2

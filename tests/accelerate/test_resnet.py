@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastvr
+from fastvr import backend
 from fastvr.compare.traffic import count, eager_traffic
 from fastvr.testing import assert_parity, truth_model
 
@@ -126,6 +127,22 @@ def test_running_statistics_move_as_before() -> None:
         eager(images)
         truth(images.double())
     buffers = [dict(each.named_buffers()) for each in (model, eager, truth)]
+    assert_parity(*buffers, sample_dim=None)
+
+
+def test_running_statistics_of_a_checkpointed_model_move_as_before() -> None:
+    """With timm's checkpointing twice, the second time where a block is made again for its gradient."""
+    layout, images = torch.channels_last, torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)
+    eager, model = (_timm("BasicBlock", channels=(8, 8, 8, 8)).train().to(memory_format=layout) for _ in "ab")
+    truth = truth_model(eager)
+    fastvr.accelerate(model)
+    for each, mode in ((model, "triton"), (eager, "reference"), (truth, "reference")):
+        each.set_grad_checkpointing()
+        with fastvr.use_backend(mode), backend.observe() as ran:
+            each(images.to(next(each.parameters()).dtype)).square().sum().backward()
+        assert ran["residual_block", "triton"] == (8 if each is model else 0)
+    buffers = [dict(each.named_buffers()) for each in (model, eager, truth)]
+    assert model.layer1[0].bn1.num_batches_tracked == 2
     assert_parity(*buffers, sample_dim=None)
 
 

@@ -242,6 +242,37 @@ def test_a_replaced_forward_and_a_subclass_are_left(images) -> None:
     assert ran["layer_norm", "reference"] == 5
 
 
+@pytest.mark.parametrize("name", ["norm", "blocks.0", "blocks.0.norm1", "blocks.1.attn", "blocks.1.mlp"])
+def test_a_subclass_made_since_is_called(name, images) -> None:
+    """Of an accelerated module's class, with a forward of its own."""
+    model, eager = _vit(), _vit()
+    fastvr.accelerate(model)
+    for each in (model, eager):
+        module = each.get_submodule(name)
+
+        class Shifted(type(module)):  # type: ignore[misc]
+            def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+                return super().forward(x, **given) + 1
+
+        module.__class__ = Shifted
+    with torch.no_grad(), fastvr.use_backend("reference"), backend.observe() as ran:
+        assert_parity(model(images), eager(images), truth_model(eager)(images.double()))
+    assert ran["attention", "reference"] == 2
+    report = fastvr.accelerate(model)
+    assert [entry.name for entry in report.left if entry.what.startswith("a subclass")] == [name]
+
+
+def test_the_report_names_replaced_linear_layers(images) -> None:
+    model = _vit()
+    model.blocks[0].attn.qkv.__class__ = model.blocks[1].mlp.fc2.__class__ = _Shifted
+    report = fastvr.accelerate(model)
+    own = [entry.name for entry in report.swapped if entry.what.startswith("its own forward: ")]
+    assert own == ["blocks.0.attn", "blocks.1.mlp"]
+    with torch.no_grad(), fastvr.use_backend("reference"), backend.observe() as ran:
+        model(images)
+    assert ran["attention", "reference"] == ran["layernorm_mlp", "reference"] == 1
+
+
 def test_parametrized_weights_and_restoring_under_them(images) -> None:
     class Double(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:

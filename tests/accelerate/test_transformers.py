@@ -135,6 +135,21 @@ def test_hidden_states_and_attentions(images) -> None:
     assert ran["layernorm_mlp", "reference"] == 4
 
 
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Backbone"])
+def test_attention_is_fused_where_hidden_states_are_recorded(name, hold, images) -> None:
+    """The hooks that record them see what attention gives; it ignores that they are asked for."""
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    given = {} if name == "Dinov2Backbone" else {"output_hidden_states": True}
+    model = cls(cls.config_class(**SIZES))
+
+    def last(output: Any) -> torch.Tensor:
+        return (output.hidden_states or output.feature_maps)[-1]
+
+    _, ran = hold(model, images, get=last, **given)
+    assert ran["attention", "reference"] == 2
+
+
 def test_checkpointed_layers(images) -> None:
     eager = _tower("ViT").train()
     eager.gradient_checkpointing_enable()
