@@ -255,7 +255,14 @@ def test_timms_configuration_decides(tmp_path) -> None:
         "architecture": "vit_so400m_patch16_siglip_gap_256",
         "num_classes": 5,
         "global_pool": "avg",
-        "model_args": {"num_heads": 2, "img_size": 32, "proj_drop_rate": 0.1, "pos_embed": "learn"},
+        "model_args": {
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "img_size": 32,
+            "proj_drop_rate": 0.1,
+            "pos_embed": "learn",
+        },
         "pretrained_cfg": {
             "input_size": [3, 32, 32],
             "mean": [0.5, 0.5, 0.5],
@@ -376,59 +383,6 @@ def test_what_a_checkpoint_does_not_say(make_peer, tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING, "fastvr"):
         fastvr.load_model(tmp_path / "w.safetensors")
     assert "does not say how many heads it has; 2 of width 64 are taken" in caplog.text
-
-
-PROCESSORS = {
-    "vit": (
-        {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-        Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3, "bilinear", squash=True),
-    ),
-    "deit": (
-        {
-            "do_center_crop": True,
-            "size": {"height": 36, "width": 36},
-            "crop_size": {"height": 32, "width": 32},
-            "resample": 3,
-            "image_mean": [0.4] * 3,
-            "image_std": [0.2] * 3,
-        },
-        Preprocessing(32, 36, (0.4,) * 3, (0.2,) * 3, "bicubic"),
-    ),
-    "convnext": (
-        {
-            "size": {"shortest_edge": 224},
-            "crop_pct": 0.875,
-            "resample": 3,
-            "image_mean": [0.4] * 3,
-            "image_std": [0.2] * 3,
-        },
-        Preprocessing(224, 256, (0.4,) * 3, (0.2,) * 3, "bicubic"),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ["vit", "deit"])
-def test_transformers_preprocessing_is_read(kind, make_peer, tmp_path) -> None:
-    written, expected = PROCESSORS[kind]
-    path = write(make_peer("transformers-vit"), "transformers-vit", tmp_path)
-    (path / "preprocessor_config.json").write_text(json.dumps(written))
-    assert fastvr.load_model(path).preprocessing == expected
-    # another image size takes the numbers with it
-    assert fastvr.load_model(path, img_size=64).preprocessing.size == 64
-    (path / "preprocessor_config.json").write_text(json.dumps({**written, "resample": 9}))
-    with pytest.raises(fastvr.CheckpointError, match="the preprocessing beside it cannot be read"):
-        fastvr.load_model(path)
-
-
-def test_convnexts_processor() -> None:
-    from fastvr.weights.preprocessing import read
-
-    written, expected = PROCESSORS["convnext"]
-    assert read(None, written, "it") == expected
-    # as older files have it
-    assert read(None, {**written, "size": 224}, "it") == expected
-    squashed = expected._replace(size=384, resize=384, squash=True)
-    assert read(None, {**written, "size": {"shortest_edge": 384}}, "it") == squashed
 
 
 def test_the_hub_is_asked_only_where_somebody_asks(monkeypatch, make_peer, tmp_path) -> None:
