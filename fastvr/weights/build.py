@@ -100,7 +100,7 @@ def build(
         with torch.device("meta"), _WithoutValues():
             shell = kind(**arguments)
     except (ValueError, RuntimeError) as error:  # RuntimeError: more than a tensor can have
-        if isinstance(error, ValueError) and (num_classes is not None or overrides):
+        if isinstance(error, ValueError) and (num_classes is not None or img_size is not None or overrides):
             raise  # one of them may be what it names
         raise CheckpointError(f"{source}: {error}") from error
     state = dict(found.state)

@@ -11,9 +11,10 @@ from fastvr.models.features import Backbone
 from fastvr.models.registry import build_model, find, repository
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
+from fastvr.weights.read import PREPROCESSORS
 
 _HUB = "hf-hub:"
-_CONFIGS = ["config.json", "preprocessor_config.json"]
+_CONFIGS = ["config.json", *PREPROCESSORS]
 # of what a repository holds twice, the first
 _WEIGHTS = (
     ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],

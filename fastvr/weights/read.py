@@ -18,6 +18,8 @@ from fastvr.weights.errors import CheckpointError
 
 METADATA_KEY = "fastvr"
 """Under which ``save_model`` writes the configuration into a safetensors file."""
+PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Where transformers writes how images are prepared: the former, from 5 on, for a model of text as well."""
 _MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
 # self-distillation (DINO) evaluates its teacher; where there is a model beside it, that is what was trained
 _WRAPPERS = (
@@ -53,7 +55,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None = None
     """config.json, as timm and transformers write it; in a single file what fastvr wrote into it."""
     preprocessor: dict[str, Any] | None = None
-    """transformers' preprocessor_config.json."""
+    """transformers' preprocessor_config.json, or what processor_config.json says of images."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -81,7 +83,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = preprocessor = None
     if path.name in _IN_FOLDERS:
         config = read_json(path.with_name("config.json"))
-        preprocessor = read_json(path.with_name("preprocessor_config.json"))
+        preprocessor = _preprocessor(path.parent)
     if config is None and path.suffix == ".safetensors":
         config = _own_config(path)
     return Checkpoint(str(path), state, config, preprocessor)
@@ -101,6 +103,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return _object(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    of_both, of_images = (read_json(folder / name) for name in PREPROCESSORS)
+    nested = None if of_both is None else of_both.get("image_processor")
+    return nested if isinstance(nested, dict) else of_images
 
 
 def _object(text: str | bytes, source: str) -> dict[str, Any]:

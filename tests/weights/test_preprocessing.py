@@ -119,6 +119,20 @@ def test_images_are_prepared_as_transformers_does(kind, photograph, tmp_path) ->
     close(again(photograph, return_tensors="pt")["pixel_values"][0].double(), theirs)
 
 
+def test_the_processor_of_images_and_text(make_peer, tmp_path) -> None:
+    """transformers writes a CLIP's into one file, and reads that before the other."""
+    transformers = pytest.importorskip("transformers")
+    make_peer("transformers-clip").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSORS["vit"][0], "size": 48}))
+    written = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).to_dict()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": written}))
+    how = fastvr.load_model(tmp_path).preprocessing
+    assert (how.size, how.squash, how.mean) == (32, False, tuple(written["image_mean"]))
+    # one of text alone, as older files have it, says nothing of images
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert fastvr.load_model(tmp_path, img_size=48).preprocessing.mean == (0.5,) * 3
+
+
 @pytest.mark.parametrize(("mode", "share"), [("center", 0.875), ("squash", 0.9), ("squash", 1.0)])
 def test_images_are_prepared_as_timm_does(mode, share, photograph) -> None:
     from timm.data import create_transform
