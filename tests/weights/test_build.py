@@ -392,8 +392,8 @@ def test_the_hub_is_asked_only_where_somebody_asks(monkeypatch, make_peer, tmp_p
     folder = write(peer, "transformers-vit", tmp_path)
     asked: list[str] = []
 
-    def fetch(repository: str, allow_patterns: list[str]) -> str:
-        asked.append(repository)
+    def fetch(repository: str, allow_patterns: list[str], revision: str | None) -> str:
+        asked.append(f"{repository} {revision}" if revision else repository)
         if "nowhere" in repository:
             raise ConnectionError("no route to the hub")
         return str(folder)
@@ -404,7 +404,13 @@ def test_the_hub_is_asked_only_where_somebody_asks(monkeypatch, make_peer, tmp_p
     same_function(fastvr.create_model("hf-hub:somebody/vit"), peer)
     fastvr.create_model("resnet50", pretrained=True, num_classes=3)
     fastvr.create_model("resnet50.tv_in1k", pretrained=True)
-    assert asked == ["somebody/vit", "timm/resnet50.a1_in1k", "timm/resnet50.tv_in1k"]
+    fastvr.create_model("hf-hub:somebody/vit@v1.0")
+    assert asked == ["somebody/vit", "timm/resnet50.a1_in1k", "timm/resnet50.tv_in1k", "somebody/vit v1.0"]
+    for wrong in ("hf-hub:", "hf-hub:a/b/c", "hf-hub:a/b@"):
+        with pytest.raises(ValueError, match="name must be hf-hub:OWNER/NAME"):
+            fastvr.create_model(wrong)
+    with pytest.raises(ValueError, match="name must be a string; got NoneType"):
+        fastvr.create_model(None)
     with pytest.raises(fastvr.CheckpointError, match="hf download no/nowhere --local-dir DIR") as raised:
         fastvr.create_model("hf-hub:no/nowhere")
     raised.match("no route to the hub")
