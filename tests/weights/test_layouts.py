@@ -214,19 +214,21 @@ def test_files_in_half_precision_lose_nothing(dtype, make_peer, tmp_path) -> Non
     same_function(fastvr.load_model(tmp_path), peer.float())
 
 
-def test_deit3s_own_files() -> None:
+def test_deit3s_own_files(tmp_path) -> None:
     arguments = {**VIT, "init_values": 0.1, "no_embed_class": True}
     source, model = fastvr.ViT(**arguments), fastvr.ViT(**arguments)
     state = source.state_dict()
     theirs = {
         name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in state.items()
     }
+    save_file(theirs, tmp_path / "deit3.safetensors")
+    assert verify(tmp_path / "deit3.safetensors", num_heads=2, batch=1).ours.passed
     assert len(set(theirs) - set(state)) == 4
     fastvr.load_checkpoint(model, theirs)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-def test_dinov2s_own_files(make_peer) -> None:
+def test_dinov2s_own_files(make_peer, tmp_path) -> None:
     """Its own names are timm's, but for register and mask tokens."""
     peer = make_peer("transformers-dinov2-registers")
     model = OURS["transformers-dinov2-registers"]().eval()
@@ -242,3 +244,5 @@ def test_dinov2s_own_files(make_peer) -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x))
+    save_file(state, tmp_path / "dinov2.safetensors")
+    assert verify(tmp_path / "dinov2.safetensors", num_heads=2, batch=1).ours.passed
