@@ -164,7 +164,11 @@ def _transformers_state(
             return (name.replace("head", "cls_classifier", 1),)
         return keys
 
-    return _renamed(state, export)
+    renamed = _renamed(state, export)
+    if model_type == "dinov2_with_registers":
+        # its model has one always, at first of zeros, and reads it where patches are hidden
+        renamed["embeddings.mask_token"] = state["cls_token"].new_zeros(1, model.embed_dim)
+    return renamed
 
 
 def _renamed(
