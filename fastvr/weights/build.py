@@ -100,8 +100,9 @@ def build(
         with torch.device("meta"), _WithoutValues():
             shell = kind(**arguments)
     except (ValueError, RuntimeError) as error:  # RuntimeError: more than a tensor can have
-        if isinstance(error, ValueError) and (num_classes is not None or img_size is not None or overrides):
-            raise  # one of them may be what it names
+        given = {"num_classes": num_classes, "img_size": img_size, **overrides}
+        if any(value is not None and re.search(rf"\b{name}\b", str(error)) for name, value in given.items()):
+            raise
         raise CheckpointError(f"{source}: {error}") from error
     state = dict(found.state)
     if isinstance(shell, ViT) and wanted is not None and shell.img_size != old:
