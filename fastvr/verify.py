@@ -177,7 +177,12 @@ def _timm(checkpoint: Checkpoint, model: Model) -> tuple[str, nn.Module]:
                 arguments |= {"mlp_layer": timm.layers.mlp.SwiGLUPacked, "act_layer": nn.SiLU}
             norm_layer = functools.partial(nn.LayerNorm, eps=describe(model)["norm_eps"])
             peer = kind(norm_layer=norm_layer, **arguments)
-    peer.load_state_dict(checkpoint.state)
+    state = checkpoint.state
+    if any(key == "mask_token" or key.endswith((".gamma_1", ".gamma_2")) for key in state):
+        # DINOv2's and DeiT-III's own files, which timm reads by this; it takes entries out of its argument
+        read: Any = timm.models.vision_transformer.checkpoint_filter_fn
+        state = read(dict(state), peer, adapt_layer_scale=True)
+    peer.load_state_dict(state)
     return "timm", peer
 
 

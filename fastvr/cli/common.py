@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -10,6 +11,11 @@ import typer
 from rich.console import Console
 
 PIPED_WIDTH = 100
+_OPTIONS = {
+    "give num_heads=": "give --num-heads",
+    "load it with norm_eps=1e-06 where": "--norm-eps 1e-6 makes them so where",
+    "path must ": "OUT must ",
+}
 
 
 def make_console() -> Console:
@@ -21,6 +27,14 @@ def make_console() -> Console:
 def fail(message: str) -> NoReturn:
     typer.echo(f"fastvr: {message}", err=True)
     raise typer.Exit(2)
+
+
+def as_options(message: str) -> str:
+    """A message for Python's callers, for the command line's: arguments under their options' names."""
+    message = re.sub(r"^(save_model|load_model): ", "", message)
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def check_seed(seed: int) -> None:

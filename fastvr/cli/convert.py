@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvr.cli.common import fail
+from fastvr.cli.common import as_options, fail
 
 
 def convert(
@@ -27,14 +27,21 @@ def convert(
 
     IN may be of timm, torchvision, transformers, or a ViT around a plain nn.TransformerEncoder.
     """
-    from fastvr.weights.build import load_model
-    from fastvr.weights.save import save_model
+    from fastvr.weights.build import build
+    from fastvr.weights.read import read_checkpoint
+    from fastvr.weights.save import LAYOUTS, check_path, save_model
 
+    if to not in LAYOUTS:
+        fail(f"--to must be one of {', '.join(LAYOUTS)}; got {to!r}")
     overrides = {"num_heads": num_heads, "norm_eps": norm_eps}
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        model = load_model(source, num_classes=num_classes, img_size=image_size, **given)
+        check_path(target, to)
+        checkpoint = read_checkpoint(source)
+        model = build(checkpoint, num_classes=num_classes, img_size=image_size, **given)
         written = save_model(model, target, to)
     except (ValueError, TypeError, OSError) as error:
-        fail(str(error).replace("save_model: ", "").replace("load_model: ", ""))
-    typer.echo(f"Written to {written}", err=True)
+        fail(as_options(str(error)))
+    narrow = {str(t.dtype).removeprefix("torch.") for t in checkpoint.state.values() if t.is_floating_point()}
+    wider = f" in float32 (of {', '.join(sorted(narrow))})" if narrow != {"float32"} else ""
+    typer.echo(f"Written to {written}{wider}", err=True)

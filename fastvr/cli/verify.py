@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fastvr.cli.common import check_seed, fail, make_console
+from fastvr.cli.common import as_options, check_seed, fail, make_console
 
 
 def verify(
@@ -34,7 +34,7 @@ def verify(
     try:
         found = module.verify(checkpoint, dtype=DTYPES[dtype], batch=batch, seed=seed, num_heads=num_heads)
     except (ValueError, TypeError, OSError) as error:
-        fail(str(error))
+        fail(as_options(str(error)))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in (f"{dtype}, {batch} images", "max error", "RMS error"):
         table.add_column(heading, justify="left" if heading.startswith(dtype) else "right")

@@ -125,11 +125,12 @@ def _reason(error: Exception) -> str:
 
 
 def _centre(image: Image, how: Preprocessing) -> Image:
-    if how.squash:
-        return _cut(image, (0, 0, *image.size), how)
-    side = min(image.size) * how.size / how.resize
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return _cut(image, (left, top, left + side, top + side), how)
+    short = min(image.size)
+    width, height = (
+        (length if how.squash else short) * how.size / how.resize for length in (image.width, image.height)
+    )
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return _cut(image, (left, top, left + width, top + height), how)
 
 
 def _random_crop(image: Image, how: Preprocessing, rng: np.random.Generator) -> Image:

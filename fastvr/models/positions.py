@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +23,8 @@ def image_and_patch(
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < 1:
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2 or not all(isinstance(side, Integral) and int(side) > 0 for side in both):
         raise ValueError(f"ViT: {name} must be one or two positive integers; got {value!r}")
     return both
 

@@ -14,14 +14,14 @@ class Preprocessing(NamedTuple):
     size: int
     """Height and width of the crop, in pixels."""
     resize: int
-    """Length of the short side before the crop, in pixels."""
+    """Length of the short side before the crop, in pixels; with ``squash`` of both sides."""
     mean: tuple[float, ...]
     """Of each channel, for values from 0 to 1."""
     std: tuple[float, ...]
     interpolation: str = "bilinear"
     """One of :data:`INTERPOLATIONS`."""
     squash: bool = False
-    """Resize the whole image to a square instead of cropping it."""
+    """Resize the whole image to a square, before the crop."""
 
     def at(self, size: int) -> Preprocessing:
         """The same for images of another size."""

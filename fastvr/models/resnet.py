@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from fastvr.models._arguments import check_integers
 from fastvr.models._model import Model, check_image
 from fastvr.models._other_names import RESNET_ABSENT, RESNET_NAMES
 from fastvr.models.features import check_output_fmt, take_indices
@@ -58,12 +60,15 @@ class ResNet(Model):
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        if len(layers) != 4 or min(layers) < 1:
-            raise ValueError(f"ResNet: layers must be four positive integers; got {list(layers)}")
-        least = {"in_chans": in_chans, "width": width, "groups": groups, "width_per_group": width_per_group}
-        for name, value in (least | ({} if stem_width is None else {"stem_width": stem_width})).items():
-            if value < 1:
-                raise ValueError(f"ResNet: {name} must be at least 1; got {value}")
+        if not (isinstance(block, type) and issubclass(block, (BasicBlock, Bottleneck))):
+            raise ValueError(f"ResNet: block must be the class BasicBlock or Bottleneck; got {block!r}")
+        depths = list(layers) if isinstance(layers, Sequence) else []
+        if len(depths) != 4 or not all(isinstance(n, Integral) and int(n) > 0 for n in depths):
+            raise ValueError(f"ResNet: layers must be four positive integers; got {layers!r}")
+        check_integers("ResNet", in_chans=(in_chans, 1), num_classes=(num_classes, 0), width=(width, 1))
+        check_integers("ResNet", groups=(groups, 1), width_per_group=(width_per_group, 1))
+        if stem_width is not None:
+            check_integers("ResNet", stem_width=(stem_width, 1))
         if block is BasicBlock and (groups, width_per_group) != (1, 64):
             raise ValueError("ResNet: groups and width_per_group must be 1 and 64 with BasicBlock")
         _check_pool(global_pool, num_classes)

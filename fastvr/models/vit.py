@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvr.models._arguments import check_integers, check_numbers, check_rates
 from fastvr.models._model import check_image
 from fastvr.models._other_names import VIT_ABSENT, VIT_NAMES
 from fastvr.models.positions import image_and_patch, resample
@@ -98,14 +99,17 @@ class ViT(ViTFeatures):
     ) -> None:
         super().__init__()
         image, patch = image_and_patch(img_size, patch_size)
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        check_integers("ViT", in_chans=(in_chans, 1), num_classes=(num_classes, 0), depth=(depth, 0))
+        check_integers("ViT", embed_dim=(embed_dim, 1), num_heads=(num_heads, 1), reg_tokens=(reg_tokens, 0))
+        check_numbers("ViT", norm_eps=norm_eps, mlp_ratio=mlp_ratio)
+        check_rates("ViT", drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        check_rates("ViT", attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        if embed_dim % num_heads:
             raise ValueError(f"ViT: embed_dim must be a multiple of num_heads {num_heads}; got {embed_dim}")
-        least = {"in_chans": (in_chans, 1), "num_classes": (num_classes, 0), "depth": (depth, 0)}
-        for name, (value, minimum) in (least | {"reg_tokens": (reg_tokens, 0)}).items():
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"ViT: {name} must be a number of at least {minimum}; got {value!r}")
-        if not 0 < norm_eps < math.inf:
-            raise ValueError(f"ViT: norm_eps must be a positive number; got {norm_eps}")
+        if int(embed_dim * mlp_ratio) < 1:
+            raise ValueError(f"ViT: mlp_ratio must leave embed_dim {embed_dim} some width; got {mlp_ratio}")
+        if init_values is not None and not isinstance(init_values, Real):
+            raise ValueError(f"ViT: init_values must be a number or None; got {init_values!r}")
         _check_pool(global_pool, class_token)
         if act != "swiglu" and act not in ACTIVATIONS:
             names = ", ".join(map(repr, (*ACTIVATIONS, "swiglu")))

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastvr.models._model import Model
 from fastvr.models.positions import image_and_patch, resample
@@ -18,10 +19,11 @@ from fastvr.models.resnet import ResNet
 from fastvr.models.vit import ViT
 from fastvr.models.vit_distilled import DistilledViT
 from fastvr.weights import preprocessing
+from fastvr.weights.contradictions import contradictions
 from fastvr.weights.describe import mlp_ratio, resnet_arguments
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.layouts import Recognised, recognise
-from fastvr.weights.load import as_checkpoint, fill, unknown_layout
+from fastvr.weights.load import as_checkpoint, check, unknown_layout, write
 from fastvr.weights.read import Checkpoint
 
 logger = logging.getLogger("fastvr")
@@ -87,28 +89,71 @@ def build(
         raise CheckpointError(
             f"{source} ({found.title} layout of a {found.family}): lacks weights that tell its shape: {error}"
         ) from error
+    _check_configuration(checkpoint, found, arguments, overrides)
     if wanted is not None:
         arguments["img_size"], old = wanted, arguments["img_size"]
     if num_classes is not None:
         arguments["num_classes"], had = num_classes, arguments["num_classes"]
-    model = kind(**{**arguments, **overrides}).eval()
+    arguments |= overrides
+    try:
+        # without memory, of which a file of a few bytes may claim any amount
+        with torch.device("meta"), _WithoutValues():
+            shell = kind(**arguments)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: more than a tensor can have
+        given = {"num_classes": num_classes, "img_size": img_size, **overrides}
+        if any(value is not None and re.search(rf"\b{name}\b", str(error)) for name, value in given.items()):
+            raise
+        raise CheckpointError(f"{source}: {error}") from error
     state = dict(found.state)
-    if isinstance(model, ViT) and wanted is not None and model.img_size != old:
-        _resample(state, model, old)
-        logger.info("%s: positions resampled from images of %s to %s", source, old, model.img_size)
+    if isinstance(shell, ViT) and wanted is not None and shell.img_size != old:
+        _resample(state, shell, old)
+        logger.info("%s: positions resampled from images of %s to %s", source, old, shell.img_size)
+    fresh: set[str] = set()
     if num_classes is not None and num_classes != had:
-        fresh = model.state_dict()
+        fresh = {name for name in shell.state_dict() if name.partition(".")[0] in _HEADS}
         state = {name: t for name, t in state.items() if name.partition(".")[0] not in _HEADS}
-        state |= {name: t.clone() for name, t in fresh.items() if name.partition(".")[0] in _HEADS}
         if num_classes:
             logger.warning("%s: a new head for %d classes, untrained (it has %d)", source, num_classes, had)
-    fill(model, found._replace(state=state, stated={}), source)
+    ready, _ = check(shell, found._replace(state=state, stated={}), source, fresh=fresh)
+    model = kind(**arguments).eval()
+    write(model, ready)
     if how is not None and len(how.mean) == model.in_chans:
         if isinstance(model, ViT) and model.img_size[0] == model.img_size[1]:
             how = how.at(model.img_size[0])
         model.preprocessing = how
         model.normalize_images(how.mean, how.std)
     return model
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what fills weights with random numbers: on meta there are none, and the first of these calls
+    imports half of PyTorch's compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _check_configuration(
+    checkpoint: Checkpoint, found: Recognised, arguments: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Raise a CheckpointError where the configuration is not that of these weights."""
+    told = dict(arguments)
+    wrong = []
+    if found.family == "ViT":
+        told["hidden"] = found.state["blocks.0.mlp.fc1.weight"].shape[0]
+        width, heads = arguments["embed_dim"], arguments.get("num_heads", 1)
+        if "num_heads" not in overrides and width % heads:
+            wrong = [f"{heads} heads cannot share the weights' width of {width}"]
+    if wrong := contradictions(found.layout, checkpoint.config, told) + wrong:
+        raise CheckpointError(
+            f"{checkpoint.source} ({found.title} layout of a {found.family}): its configuration is of "
+            "another model, or it lacks blocks:\n  " + "\n  ".join(wrong)
+        )
 
 
 def _resample(state: dict[str, torch.Tensor], model: ViT, old: tuple[int, int]) -> None:
@@ -131,6 +176,11 @@ def _arguments(
         return ResNet, arguments
     state, stated = found.state, dict(found.stated)
     projection = state["patch_embed.proj.weight"]
+    if projection.dim() != 4:
+        raise CheckpointError(
+            f"{source}: {found.origin['patch_embed.proj.weight']} must have 4 dimensions; got "
+            f"{list(projection.shape)}"
+        )
     width, in_chans, *patch = projection.shape
     numbers = {int(n) for key in state for n in re.findall(r"^blocks\.(\d+)\.", key)}
     depth = len(numbers)

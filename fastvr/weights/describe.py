@@ -86,8 +86,10 @@ def read_description(written: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(written)
     for name, value in found.items():
         right = name in _KINDS and isinstance(value, _KINDS[name])
+        # a bool is an int to Python, not to whoever reads the file
+        right = right and (_KINDS[name] is bool or not isinstance(value, bool))
         if right and name == "img_size":
-            right = len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+            right = len(value) == 2 and all(type(side) is int and side > 0 for side in value)
         if not right or (name == "num_heads" and value < 1):
             raise CheckpointError(f"the configuration says {name}={value!r}, which is no such argument")
     if "img_size" in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -11,9 +12,12 @@ from fastvr.models.features import Backbone
 from fastvr.models.registry import build_model, find, repository
 from fastvr.weights.build import load_model
 from fastvr.weights.errors import CheckpointError
+from fastvr.weights.read import PREPROCESSORS
 
 _HUB = "hf-hub:"
-_CONFIGS = ["config.json", "preprocessor_config.json"]
+# a name without an owner is one of the first models there
+_REPOSITORY = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_CONFIGS = ["config.json", *PREPROCESSORS]
 # of what a repository holds twice, the first
 _WEIGHTS = (
     ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
@@ -51,7 +55,8 @@ def create_model(
     Args:
         name: one of :func:`list_models`; with ``pretrained`` also with a tag, as timm has them
             (``"vit_base_patch16_224.augreg_in1k"``). ``"hf-hub:OWNER/NAME"`` is a repository of the hub with
-            weights that :func:`load_model` takes, and always comes with them.
+            weights that :func:`load_model` takes, and always comes with them; with ``@REVISION`` behind it
+            one state of that.
         pretrained: fetch the weights that timm publishes for the model, through ``huggingface_hub``, which
             keeps them in its cache. Nothing is fetched otherwise.
         features_only: a :class:`Backbone` that gives feature maps.
@@ -75,6 +80,8 @@ def create_model(
 
 
 def _create(name: str, pretrained: bool, overrides: dict[str, Any]) -> Model:
+    if not isinstance(name, str):
+        raise ValueError(f"create_model: name must be a string; got {type(name).__name__}")
     if name.startswith(_HUB):
         return load_model(download(name.removeprefix(_HUB)), **overrides)
     name, _, tag = name.partition(".")
@@ -92,11 +99,16 @@ def download(repository: str) -> Path:
     """The folder with a repository's weights and configurations, fetched where the cache does not have them.
 
     Raises:
+        ValueError: ``repository`` is not OWNER/NAME, or OWNER/NAME@REVISION.
         CheckpointError: ``huggingface_hub`` is missing, or the hub cannot be reached or has no such weights.
     """
+    if not (match := _REPOSITORY.fullmatch(repository)):
+        raise ValueError(f"create_model: name must be hf-hub:OWNER/NAME; got {_HUB + repository!r}")
+    repository, revision = match["name"], match["revision"]
+    source = f"{repository} --revision {revision}" if revision else repository
     instead = (
-        f"without a network, run `hf download {repository} --local-dir DIR` where there is one, bring DIR "
-        "here and call fastvr.load_model(DIR)"
+        f"without a network, run `hf download {source} --local-dir DIR` where there is one, bring DIR here "
+        "and call fastvr.load_model(DIR)"
     )
     try:
         from huggingface_hub import snapshot_download
@@ -106,7 +118,7 @@ def download(repository: str) -> Path:
         ) from None
     for weights in _WEIGHTS:
         try:
-            folder = Path(snapshot_download(repository, allow_patterns=_CONFIGS + weights))
+            folder = Path(snapshot_download(repository, allow_patterns=_CONFIGS + weights, revision=revision))
         except Exception as error:  # its errors are of many kinds, and those of its network library
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
             raise CheckpointError(

@@ -12,7 +12,7 @@ from fastvr.weights import encoder, timm, torchvision, transformers, transformer
 from fastvr.weights.describe import read_description
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
-from fastvr.weights.read import METADATA_KEY, shorten
+from fastvr.weights.read import METADATA_KEY, is_dense, shorten
 
 # a layout that another one's marks also fit comes after it
 _LAYOUTS = {
@@ -117,8 +117,10 @@ def _joined(
             continue
         ordered = [keys[number] for number in range(len(kinds))]
         tensors = [state[key] for key in ordered]
-        if any(t.layout != torch.strided or t.is_quantized or t.is_meta for t in tensors) or (
-            len({(t.shape, t.dtype) for t in tensors}) > 1 or not tensors[0].dim()
+        if (
+            not all(map(is_dense, tensors))
+            or len({(t.shape, t.dtype) for t in tensors}) > 1
+            or not tensors[0].dim()
         ):
             shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in zip(ordered, tensors, strict=True))
             problems.append(f"cannot be joined: {shapes}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fastvr.nn.mlp import Mlp
 from fastvr.weights.describe import activation
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.layouts import Recognised, family_of, layout_names, recognise
-from fastvr.weights.read import Checkpoint, grouped, read_checkpoint, shorten, unwrap
+from fastvr.weights.read import Checkpoint, grouped, is_dense, read_checkpoint, shorten, unwrap
 
 _HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias", "fc.weight", "fc.bias")
 
@@ -45,12 +45,14 @@ def load_checkpoint(
     separate in the checkpoint are joined. :func:`load_model` builds the model that a checkpoint is for.
 
     Args:
-        model: a ViT or ResNet, or any module with their names.
+        model: a ViT or ResNet, or any module with their names; also inside ``torch.compile`` or
+            ``DistributedDataParallel``.
         path_or_state_dict: a ``.safetensors`` file, a PyTorch file (read with ``weights_only=True``), the
             ``.index.json`` of sharded ones, or a folder as Hugging Face's hub has them; or what such a file
             holds: a state dict, also inside {"state_dict": ...}, {"model_state_dict": ...} or {"model": ...},
             also with a prefix of all names ("module.", "_orig_mod.", "model.", "backbone."). Of weights
-            beside their moving average ("state_dict_ema", "model_ema") the average is taken.
+            beside their moving average ("state_dict_ema", "model_ema") the average is taken, of DINO's
+            {"teacher": ..., "student": ...} the teacher's backbone.
         strict: False lets names be missing or unexpected, and reports them, and lets the model have another
             activation, eps or order of its norms than the checkpoint's; shapes, dtypes and values must always
             be right.
@@ -63,6 +65,7 @@ def load_checkpoint(
         CheckpointError: the file cannot be read, or does not fit the model; names all that is wrong.
     """
     checkpoint = as_checkpoint(path_or_state_dict, "load_checkpoint")
+    model = _unwrapped(model)
     found = _recognise(checkpoint, model)
     return fill(model, found, checkpoint.source, strict=strict)
 
@@ -80,10 +83,27 @@ def as_checkpoint(given: str | os.PathLike[str] | Mapping[str, Any], caller: str
 
 def fill(model: nn.Module, found: Recognised, source: str, *, strict: bool = True) -> LoadReport:
     """Write recognised weights into ``model``, after all checks of :func:`load_checkpoint`."""
+    ready, report = check(model, found, source, strict=strict)
+    write(model, ready)
+    return report
+
+
+def check(
+    model: nn.Module, found: Recognised, source: str, *, strict: bool = True, fresh: Collection[str] = ()
+) -> tuple[dict[str, torch.Tensor], LoadReport]:
+    """Recognised weights in ``model``'s dtypes, after all checks of :func:`load_checkpoint`.
+
+    Args:
+        model: it may be on meta.
+        found, source, strict: as for :func:`fill`.
+        fresh: the model's names that the checkpoint need not hold.
+    """
     target = model.state_dict()
     # files from before PyTorch 0.4.1 do not count batches
     missing = [
-        name for name in target if name not in found.state and not name.endswith("num_batches_tracked")
+        name
+        for name in target
+        if name not in found.state and name not in fresh and not name.endswith("num_batches_tracked")
     ]
     unexpected = [found.origin.get(name, name) for name in found.state if name not in target]
     known = {name: tensor for name, tensor in found.state.items() if name in target}
@@ -99,19 +119,38 @@ def fill(model: nn.Module, found: Recognised, source: str, *, strict: bool = Tru
     if problems := problems + wrong:
         what = f"{source} ({found.title} layout of a {found.family})"
         raise CheckpointError("\n  ".join([f"{what} does not fit {type(model).__name__}:", *problems]))
+    return ready, LoadReport(found.layout, tuple(missing), tuple(unexpected), found.unused)
+
+
+def write(model: nn.Module, ready: Mapping[str, torch.Tensor]) -> None:
+    """Write what :func:`check` gave into ``model``."""
+    target = model.state_dict()
     with torch.no_grad():
         for name, tensor in ready.items():
             target[name].copy_(tensor)
     if callable(changed := getattr(model, "changed", None)):
         changed()
-    return LoadReport(found.layout, tuple(missing), tuple(unexpected), found.unused)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` and ``DistributedDataParallel`` hold, and nothing beside it."""
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name) if isinstance(model, nn.Module) else None
+        if inner is not None and all(key.startswith(f"{name}.") for key in model.state_dict()):
+            return _unwrapped(inner)
+    return model
 
 
 def _recognise(checkpoint: Checkpoint, model: nn.Module) -> Recognised:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"load_checkpoint: model must be a ViT or ResNet; got {type(model).__name__}")
     target = model.state_dict()
     wanted = family_of(target)
     if wanted is None:
-        raise ValueError("load_checkpoint: model must be a ViT or ResNet, or have such names; got others")
+        raise ValueError(
+            "load_checkpoint: model must be a ViT or ResNet, or have such names; got a "
+            f"{type(model).__name__} with others (weights go into a model before it goes into a Backbone)"
+        )
     if any(tensor.is_meta for tensor in target.values()):
         raise ValueError("load_checkpoint: model must hold memory (model.to_empty); got tensors on meta")
     found = recognise(checkpoint.state, checkpoint.config, checkpoint.source)
@@ -199,11 +238,11 @@ def _values(
     infinite: list[str] = []
     for name, tensor in known.items():
         dtype = target[name].dtype
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        if not is_dense(tensor):
             dtypes.append(f"{origin.get(name, name)} (no plain tensor)")
         elif tensor.is_floating_point() != dtype.is_floating_point or tensor.is_complex():
             dtypes.append(f"{origin.get(name, name)} ({tensor.dtype})")
-        else:
+        elif tensor.shape == target[name].shape:  # of another one nothing is written
             # after the cast: what is finite in float32 may not be in float16
             ready[name] = tensor.detach().to(dtype)
             if dtype.is_floating_point and not bool(torch.isfinite(ready[name]).all()):

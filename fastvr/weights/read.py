@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,24 @@ from fastvr.weights.errors import CheckpointError
 
 METADATA_KEY = "fastvr"
 """Under which ``save_model`` writes the configuration into a safetensors file."""
+PREPROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Where transformers writes how images are prepared: the former, from 5 on, for a model of text as well."""
 _MAX_HEADER = 100_000_000  # bytes; the limit that safetensors itself sets
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# self-distillation (DINO) evaluates its teacher; where there is a model beside it, that is what was trained
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "teacher",
+    "student",
+)
 # of wrappers, and of the models that people put one of these into
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+_BACKBONE = "backbone."
+# beside it, what DINO and DINOv2 trained it with and throw away
+_PROJECTIONS = ("head.mlp.", "head.last_layer.", "dino_head.", "ibot_head.")
 _NUMBER = re.compile(r"(?<=[._])\d+(?=\.)")
 _MAX_JSON = 10_000_000  # bytes of a config.json or an index; real ones have some hundred thousand
 # what a folder is searched for, in this order
@@ -41,7 +55,7 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any] | None = None
     """config.json, as timm and transformers write it; in a single file what fastvr wrote into it."""
     preprocessor: dict[str, Any] | None = None
-    """transformers' preprocessor_config.json."""
+    """transformers' preprocessor_config.json, or what processor_config.json says of images."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -69,7 +83,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     config = preprocessor = None
     if path.name in _IN_FOLDERS:
         config = read_json(path.with_name("config.json"))
-        preprocessor = read_json(path.with_name("preprocessor_config.json"))
+        preprocessor = _preprocessor(path.parent)
     if config is None and path.suffix == ".safetensors":
         config = _own_config(path)
     return Checkpoint(str(path), state, config, preprocessor)
@@ -89,6 +103,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return _object(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _preprocessor(folder: Path) -> dict[str, Any] | None:
+    of_both, of_images = (read_json(folder / name) for name in PREPROCESSORS)
+    nested = None if of_both is None else of_both.get("image_processor")
+    return nested if isinstance(nested, dict) else of_images
 
 
 def _object(text: str | bytes, source: str) -> dict[str, Any]:
@@ -112,11 +132,12 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     # an index is data as well: it names files beside it, and no others
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{index}: names files in other folders: {shorten(outside)}")
-    if absent := [name for name in names if not (index.parent / name).is_file()]:
+    if absent := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise CheckpointError(f"{index}: lacks files: {shorten(absent)}")
     state: dict[str, torch.Tensor] = {}
     for name in names:
-        shard = unwrap(read_file(index.parent / name), str(index.parent / name))
+        # with the prefixes that the index has too
+        shard = _named_tensors(read_file(index.parent / name), str(index.parent / name))
         if strange := sorted(key for key in shard if files.get(key) != name):
             raise CheckpointError(f"{index}: {name} holds what it should not: {shorten(strange)}")
         state |= shard
@@ -149,7 +170,9 @@ def read_file(path: str | os.PathLike[str]) -> Any:
 
             _check_header(path)
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(path, loaded)
+        return loaded
     except (CheckpointError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -165,6 +188,26 @@ def read_file(path: str | os.PathLike[str]) -> Any:
         summary = f"{type(error).__name__}: {error}".partition(". ")[0].strip()[:400]
         message = f"{path}: {how} cannot read it; is it truncated or foreign? {summary}"
         raise CheckpointError(message) from error
+
+
+def _check_sizes(path: Path, loaded: Any) -> None:
+    """A tensor whose strides are 0 may claim more memory than there is, in a file of a kilobyte."""
+    size = path.stat().st_size
+    large = [
+        f"{key} {list(tensor.shape)}"
+        for key, tensor in _tensors(loaded)
+        if tensor.layout == torch.strided and tensor.numel() * tensor.element_size() > size
+    ]
+    if large:
+        raise CheckpointError(f"{path}: {size} bytes cannot hold {shorten(large)}")
+
+
+def _tensors(loaded: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(loaded, torch.Tensor):
+        yield name, loaded
+    elif isinstance(loaded, Mapping):
+        for key, value in loaded.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _code_in(path: Path, error: Exception) -> list[str]:
@@ -209,11 +252,26 @@ def _check_header(path: Path) -> dict[str, Any]:
 
 def unwrap(loaded: Any, source: str) -> dict[str, torch.Tensor]:
     """The state dict inside ``loaded``: out of wrappers ({"model": ...}; moving averages first, as timm has
-    it), without the prefixes that all its names have (of ``DataParallel``, ``torch.compile``, Lightning).
+    it), without the prefixes that all its names have (of ``DataParallel``, ``torch.compile``, Lightning), and
+    of DINO's networks the backbone.
 
     Raises:
         CheckpointError: there is none, or it holds something else than named tensors.
     """
+    state = _named_tensors(loaded, source)
+    if len(state) > 1:
+        # beside the weights that torch.optim.swa_utils.AveragedModel holds
+        state.pop("n_averaged", None)
+    while True:
+        while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+            state = {key[len(prefix) :]: tensor for key, tensor in state.items()}
+        backbone = {key: tensor for key, tensor in state.items() if not key.startswith(_PROJECTIONS)}
+        if len(backbone) in (0, len(state)) or not all(key.startswith(_BACKBONE) for key in backbone):
+            return state
+        state = backbone
+
+
+def _named_tensors(loaded: Any, source: str) -> dict[str, torch.Tensor]:
     for _ in range(len(_WRAPPERS)):
         if not isinstance(loaded, Mapping):
             break
@@ -226,17 +284,17 @@ def unwrap(loaded: Any, source: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{source}: {kind}, not a state dict")
     if wrong := [f"{key!r} ({type(t).__name__})" for key, t in loaded.items() if not _named_tensor(key, t)]:
         raise CheckpointError(f"{source}: holds more than named tensors: {shorten(wrong)}")
-    state = dict(loaded)
-    if len(state) > 1:
-        # beside the weights that torch.optim.swa_utils.AveragedModel holds
-        state.pop("n_averaged", None)
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
-        state = {key[len(prefix) :]: tensor for key, tensor in state.items()}
-    return state
+    return dict(loaded)
 
 
 def _named_tensor(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, torch.Tensor)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds its values one by one: it is not sparse, quantised, two in a byte, or on meta."""
+    packed = tensor.is_quantized or tensor.dtype == torch.float4_e2m1fn_x2
+    return tensor.layout == torch.strided and not packed and not tensor.is_meta
 
 
 def shorten(items: list[str], most: int = 10) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from fastvr.weights import (
     transformers_resnet,
 )
 from fastvr.weights.describe import describe
-from fastvr.weights.read import METADATA_KEY
+from fastvr.weights.read import METADATA_KEY, PREPROCESSORS
 
 LAYOUTS = ("timm", "torchvision", "transformers")
 _SUFFIXES = (".safetensors", ".pt", ".pth")
+# of files that nobody means as a folder's name
+_FOREIGN = (".bin", ".ckpt", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pkl", ".pt2", ".tar", ".zip")
 
 
 def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm") -> Path:
@@ -39,7 +42,7 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
         path: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file with the state dict alone, or a folder: it
             gets ``model.safetensors`` and ``config.json`` (``timm.create_model("local-dir:...")`` takes it,
             transformers' ``from_pretrained`` does) and what is known of the images' preprocessing. What is
-            there already is replaced, each file at once.
+            there already is replaced when all is written, and another model's preprocessing taken away.
         layout: "timm", "torchvision", or "transformers", which takes a folder.
 
     Returns:
@@ -47,17 +50,15 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
 
     Raises:
         ValueError: an argument is wrong, or the layout has no such model; nothing is written.
+        OSError: it cannot be written, by which nothing is changed.
     """
     if not isinstance(model, (ViT, ResNet)):
         raise ValueError(f"save_model: model must be a ViT or ResNet; got {type(model).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"save_model: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     path = Path(path)
+    check_path(path, layout)
     folder = path.suffix not in _SUFFIXES
-    if layout == "transformers" and not folder:
-        raise ValueError(f"save_model: path must be a folder for transformers' layout; got {path}")
-    if not folder and not path.parent.is_dir():
-        raise ValueError(f"save_model: path must lie in a folder that exists; got {path}")
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if any(t.is_meta for t in model.state_dict().values()):
         raise ValueError("save_model: model must hold memory (model.to_empty); got tensors on meta")
@@ -89,14 +90,50 @@ def save_model(model: Model, path: str | os.PathLike[str], layout: str = "timm")
         own = own_config(model)
         config |= {**own, "pretrained_cfg": own.get("pretrained_cfg", {}) | config.get("pretrained_cfg", {})}
     if not folder:
-        _write_file(path, state, {METADATA_KEY: json.dumps(config)})
+        with replacing(path) as file:
+            file.write(_serialised(path.suffix, state, {METADATA_KEY: json.dumps(config)}))
         return path
-    path.mkdir(parents=True, exist_ok=True)
-    _write_file(path / "model.safetensors", state, {})
-    _write_json(path / "config.json", config)
+    files = {"config.json": _json(config)}
     if how is not None and layout == "transformers":
-        _write_json(path / "preprocessor_config.json", preprocessing.for_transformers(how))
+        files["preprocessor_config.json"] = _json(preprocessing.for_transformers(how))
+    files["model.safetensors"] = _serialised(".safetensors", state, {})
+    _write_folder(path, files)
     return path
+
+
+def check_path(path: Path, layout: str) -> None:
+    """Raise a ValueError where ``layout`` cannot be written to ``path``."""
+    if path.suffix in _SUFFIXES:
+        if layout == "transformers":
+            raise ValueError(f"save_model: path must be a folder for transformers' layout; got {path}")
+        if not path.parent.is_dir():
+            raise ValueError(f"save_model: path must lie in a folder that exists; got {path}")
+        if path.is_dir():
+            raise ValueError(f"save_model: path must not be a folder with such a name; got {path}")
+    elif path.suffix in _FOREIGN or (path.exists() and not path.is_dir()):
+        kinds = f"end in {', '.join(_SUFFIXES)}, or be a folder"
+        raise ValueError(f"save_model: path must {kinds}; got {path}")
+
+
+def _write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """All of them, or none: each is put in place when all of them are on the disk."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as written:
+            opened = [written.enter_context(replacing(path / name)) for name in files]
+            for file, data in zip(opened, files.values(), strict=True):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else's files may be in it by now
+                folder.rmdir()
+        raise
+    for name in PREPROCESSORS:
+        if name not in files:
+            (path / name).unlink(missing_ok=True)
 
 
 def own_config(model: Model) -> dict[str, Any]:
@@ -127,7 +164,11 @@ def _transformers_state(
             return (name.replace("head", "cls_classifier", 1),)
         return keys
 
-    return _renamed(state, export)
+    renamed = _renamed(state, export)
+    if model_type == "dinov2_with_registers":
+        # its model has one always, at first of zeros, and reads it where patches are hidden
+        renamed["embeddings.mask_token"] = state["cls_token"].new_zeros(1, model.embed_dim)
+    return renamed
 
 
 def _renamed(
@@ -143,19 +184,15 @@ def _renamed(
     return renamed
 
 
-def _write_file(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    if path.suffix == ".safetensors":
+def _serialised(suffix: str, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    if suffix == ".safetensors":
         from safetensors.torch import save as serialise
 
-        data = serialise(state, metadata={"format": "pt", **metadata})
-    else:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
-    with replacing(path) as file:
-        file.write(data)
+        return serialise(state, metadata={"format": "pt", **metadata})
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
-def _write_json(path: Path, config: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+def _json(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -16,7 +16,7 @@ from fastvr.models.registry import MODELS
 from fastvr.nn.mlp import ACTIVATIONS
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Slot
-from fastvr.weights.read import METADATA_KEY
+from fastvr.weights.read import METADATA_KEY, is_dense
 
 _GAMMA = re.compile(r"(?<=\.)gamma_([12])$")
 
@@ -151,6 +151,11 @@ def position_into_class_token(state: dict[str, torch.Tensor]) -> None:
     """From DINOv2's form, whose first position is the class token's and whose registers have none, to that of
     ``no_embed_class``: the same sum, made once."""
     cls_token, pos_embed = state.get("cls_token"), state.get("pos_embed")
-    if cls_token is not None and pos_embed is not None and pos_embed.dim() == cls_token.dim() == 3:
-        state["cls_token"] = cls_token + pos_embed[:, :1]
-        state["pos_embed"] = pos_embed[:, 1:]
+    if cls_token is None or pos_embed is None or not is_dense(pos_embed) or pos_embed.dim() != 3:
+        return  # loading names what is wrong with them
+    first, state["pos_embed"] = pos_embed[:, :1], pos_embed[:, 1:]
+    both = is_dense(cls_token) and cls_token.is_floating_point() and pos_embed.is_floating_point()
+    if both and cls_token.dim() == 3 and cls_token.shape[-1] == first.shape[-1]:
+        # in a wide dtype: of a file in half precision the sum is more exact than its terms can hold
+        wide = torch.float64 if torch.float64 in (cls_token.dtype, first.dtype) else torch.float32
+        state["cls_token"] = cls_token.to(wide) + first.to(wide)

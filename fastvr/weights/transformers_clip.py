@@ -18,6 +18,7 @@ from fastvr.weights.configs import HIDDEN_ACTS
 from fastvr.weights.describe import has_last_norm
 from fastvr.weights.errors import CheckpointError
 from fastvr.weights.names import Names, Slot
+from fastvr.weights.read import is_dense
 from fastvr.weights.transformers import ACTIVATIONS, sizes
 
 _NAMES = Names(
@@ -85,16 +86,17 @@ def finish(state: dict[str, torch.Tensor], keys: Collection[str]) -> None:
         state["cls_token"] = state["cls_token"][None, None]
     if "pos_embed" in state:
         state["pos_embed"] = state["pos_embed"][None]
-    if "visual_projection.weight" in keys:
-        state["head.bias"] = state["head.weight"].new_zeros(len(state["head.weight"]))
+    if "visual_projection.weight" in keys and state["head.weight"].numel() and state["head.weight"].dim():
+        state["head.bias"] = torch.zeros(len(state["head.weight"]))
     if "classifier.weight" in keys:
         # it reads the patches' mean, CLIP's before the last norm
         beside = ("attn_pool.", "norm.") if "norm_pre.weight" in state else ("attn_pool.",)
         for name in [name for name in state if name.startswith(beside)]:
             del state[name]
     for kind in ("weight", "bias"):
-        packed = state.pop(f"attn_pool.in_proj.{kind}", None)
-        if packed is not None:
+        name = f"attn_pool.in_proj.{kind}"
+        if name in state and is_dense(state[name]) and state[name].dim():
+            packed = state.pop(name)
             width = len(packed) // 3
             state[f"attn_pool.q.{kind}"], state[f"attn_pool.kv.{kind}"] = packed[:width], packed[width:]
 

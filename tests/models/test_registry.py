@@ -207,6 +207,32 @@ def test_other_libraries_arguments_are_named(name, arguments, message) -> None:
         fastvr.create_model(name, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "values"),
+    [
+        ("vit_tiny", "img_size", ["224", 224.0, None, 0, (1, 2, 3), (224, "224")]),
+        ("vit_tiny", "patch_size", [None, 16.0, -1]),
+        ("vit_tiny", "num_heads", ["3", None, 0, 3.0]),
+        ("vit_tiny", "embed_dim", [192.0, "192", 191]),
+        ("vit_tiny", "mlp_ratio", ["4", 0, -1, float("nan"), 1e-9]),
+        ("vit_tiny", "drop_path_rate", ["0.1", 2, -0.1, float("nan")]),
+        ("vit_tiny", "drop_rate", [1.5, None]),
+        ("vit_tiny", "init_values", ["1e-5", [1e-5]]),
+        ("vit_tiny", "norm_eps", ["1e-6", 0]),
+        ("vit_tiny", "num_classes", ["10", 10.0, -1]),
+        ("resnet18", "num_classes", ["10", 10.0, -1]),
+        ("resnet18", "width", ["64", 0]),
+        ("resnet18", "layers", [3, (2, 2, 2), "aaaa", (2, 2, 2, 0)]),
+        ("resnet18", "block", ["BasicBlock", None, torch.nn.ReLU]),
+        ("resnet18", "stem_width", ["32", 0]),
+    ],
+)
+def test_values_of_no_use_are_named(name, argument, values) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f": {argument} must "):
+            fastvr.create_model(name, **{argument: value})
+
+
 def test_loading_and_presets_name_other_libraries_arguments_too() -> None:
     state = fastvr.ViT(**SMALL_VIT).state_dict()
     with pytest.raises(TypeError, match=r"ViT: .* 'image_size'; it is called img_size here"):

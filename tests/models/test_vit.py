@@ -165,7 +165,7 @@ def test_initial_weights_are_timms_distribution() -> None:
     ("overrides", "named"),
     [
         ({"embed_dim": 100, "num_heads": 3}, "embed_dim"),
-        ({"num_heads": 0}, "embed_dim"),
+        ({"num_heads": 0}, "num_heads"),
         ({"img_size": 7}, "img_size"),
         ({"img_size": (32, 7)}, "img_size"),
         ({"patch_size": 0}, "patch_size"),

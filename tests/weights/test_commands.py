@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import fastvr
 from fastvr.cli import app
+from fastvr.models.preprocessing import Preprocessing
 from fastvr.verify import verify
 
 runner = CliRunner()
@@ -46,9 +48,15 @@ def test_convert_and_back(checkpoint, tmp_path) -> None:
     ("arguments", "message"),
     [
         (["convert", "missing.pt", "out", "--to", "timm"], "missing.pt: no such checkpoint"),
-        (["convert", "WEIGHTS", "out", "--to", "timm"], "how many heads"),
-        (["convert", "WEIGHTS", "out", "--to", "onnx", "--num-heads", "2"], "layout must be one of"),
-        (["convert", "WEIGHTS", "out/x.pt", "--to", "timm", "--num-heads", "2"], "path must lie in a folder"),
+        (["convert", "WEIGHTS", "out", "--to", "timm"], "share its width of 32: give --num-heads"),
+        (["convert", "WEIGHTS", "out", "--to", "onnx", "--num-heads", "2"], "--to must be one of timm, "),
+        (["convert", "WEIGHTS", "out/x.pt", "--to", "timm", "--num-heads", "2"], "OUT must lie in a folder"),
+        (
+            ["convert", "WEIGHTS", "out.bin", "--to", "timm", "--num-heads", "2"],
+            "OUT must end in .safetensors",
+        ),
+        (["convert", "WEIGHTS", "WEIGHTS/x", "--to", "timm", "--num-heads", "2"], "Not a directory"),
+        (["verify", "WEIGHTS"], "give --num-heads"),
         (
             ["convert", "WEIGHTS", "out", "--to", "timm", "--num-heads", "2", "--norm-eps", "nan"],
             "norm_eps must be",
@@ -61,10 +69,64 @@ def test_convert_and_back(checkpoint, tmp_path) -> None:
 )
 def test_bad_arguments_are_named(arguments, message, checkpoint, monkeypatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
-    made = runner.invoke(app, [str(checkpoint) if word == "WEIGHTS" else word for word in arguments])
+    made = runner.invoke(app, [word.replace("WEIGHTS", str(checkpoint)) for word in arguments])
     assert made.exit_code == 2
     assert message in made.output
-    assert not (checkpoint.parent / "out").exists()
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "old folder"])
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_folder_is_written_whole_or_not_at_all(there, fault, at, checkpoint, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "new" / "out"
+    model = fastvr.load_model(checkpoint, num_heads=2)
+    if there:
+        fastvr.save_model(model, out, "timm")
+    before = {path.name: path.read_bytes() for path in out.iterdir()} if there else {}
+    model.preprocessing = Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3)
+    calls = iter(range(99))
+    fsync = os.fsync
+
+    def fail(handle: int) -> None:
+        if next(calls) == at:
+            raise fault
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(fault)):
+        fastvr.save_model(model, out, "transformers")
+    assert ({path.name: path.read_bytes() for path in out.iterdir()} if there else {}) == before
+    assert out.exists() == there
+
+
+def test_what_another_model_left_is_not_taken_for_the_new_ones(make_peer, tmp_path) -> None:
+    """Its preprocessing, where the new one says nothing of that."""
+    transformers = pytest.importorskip("transformers")
+    source, out = tmp_path / "in", tmp_path / "out"
+    make_peer("transformers-vit").save_pretrained(source)
+    make_peer("transformers-vit").save_pretrained(out)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(out)
+    assert fastvr.load_model(out).preprocessing is not None
+    made = runner.invoke(app, ["convert", str(source), str(out), "--to", "transformers"])
+    assert made.exit_code == 0, made.output
+    assert fastvr.load_model(out).preprocessing is None
+    # a folder in its own place keeps what it says
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(out)
+    how = fastvr.load_model(out).preprocessing
+    for layout, eps in (("transformers", []), ("timm", ["--norm-eps", "1e-6"])):
+        made = runner.invoke(app, ["convert", str(out), str(out), "--to", layout, *eps])
+        assert made.exit_code == 0, made.output
+        assert fastvr.load_model(out).preprocessing == how
+
+
+def test_a_wider_dtype_is_said(make_peer, tmp_path) -> None:
+    make_peer("transformers-vit").bfloat16().save_pretrained(tmp_path / "in")
+    made = runner.invoke(
+        app, ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "transformers"]
+    )
+    assert made.exit_code == 0, made.output
+    assert "in float32 (of bfloat16)" in made.output
 
 
 def test_a_configuration_that_its_own_library_refuses_is_one_line(make_peer, tmp_path) -> None:

@@ -163,6 +163,14 @@ def test_sharded_files(given, make_peer, tmp_path) -> None:
     same_function(model, peer)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod."])
+def test_sharded_files_of_a_wrapped_model(prefix, make_peer, tmp_path) -> None:
+    """The index has the prefix as well."""
+    peer, model = make_peer("transformers-vit"), OURS["transformers-vit"]().eval()
+    fastvr.load_checkpoint(model, shard(tmp_path, {f"{prefix}{k}": t for k, t in peer.state_dict().items()}))
+    same_function(model, peer)
+
+
 BAD_INDICES: dict[str, Any] = {
     "no map": (lambda index: {"metadata": {}}, "weight_map must name a file"),
     "outside": (
@@ -172,6 +180,10 @@ BAD_INDICES: dict[str, Any] = {
     "no file": (
         lambda index: {"weight_map": {**index["weight_map"], "more": "model-3.safetensors"}},
         "lacks files: model-3.safetensors",
+    ),
+    "long name": (
+        lambda index: {"weight_map": {**index["weight_map"], "more": "m" * 300}},
+        "lacks files: mmm",
     ),
     "other file": (
         lambda index: {"weight_map": dict.fromkeys(index["weight_map"], "model-00001-of-00002.safetensors")},
@@ -194,19 +206,29 @@ def test_bad_indices_are_named(case, make_peer, tmp_path) -> None:
         fastvr.load_checkpoint(OURS["transformers-vit"](), tmp_path)
 
 
-def test_deit3s_own_files() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_in_half_precision_lose_nothing(dtype, make_peer, tmp_path) -> None:
+    """A class token with its position in it has more digits than either."""
+    peer = make_peer("transformers-dinov2-registers").to(dtype)
+    peer.save_pretrained(tmp_path)
+    same_function(fastvr.load_model(tmp_path), peer.float())
+
+
+def test_deit3s_own_files(tmp_path) -> None:
     arguments = {**VIT, "init_values": 0.1, "no_embed_class": True}
     source, model = fastvr.ViT(**arguments), fastvr.ViT(**arguments)
     state = source.state_dict()
     theirs = {
         name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in state.items()
     }
+    save_file(theirs, tmp_path / "deit3.safetensors")
+    assert verify(tmp_path / "deit3.safetensors", num_heads=2, batch=1).ours.passed
     assert len(set(theirs) - set(state)) == 4
     fastvr.load_checkpoint(model, theirs)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-def test_dinov2s_own_files(make_peer) -> None:
+def test_dinov2s_own_files(make_peer, tmp_path) -> None:
     """Its own names are timm's, but for register and mask tokens."""
     peer = make_peer("transformers-dinov2-registers")
     model = OURS["transformers-dinov2-registers"]().eval()
@@ -222,3 +244,5 @@ def test_dinov2s_own_files(make_peer) -> None:
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x))
+    save_file(state, tmp_path / "dinov2.safetensors")
+    assert verify(tmp_path / "dinov2.safetensors", num_heads=2, batch=1).ours.passed

@@ -123,6 +123,36 @@ def test_wrappers_and_prefixes_are_taken_off(wrapping, on_disk, tmp_path) -> Non
     assert torch.equal(model.head.weight, source.head.weight)
 
 
+@pytest.mark.parametrize("wrapping", ["dino", "dinov2", "one network"])
+def test_of_self_distillation_the_teachers_backbone(wrapping) -> None:
+    source, model = vit(num_classes=0), vit(num_classes=0)
+    nn.init.normal_(source.norm.weight)
+    teacher = {f"backbone.{k}": t for k, t in plain(source).items()}
+    student = {f"module.backbone.{k}": t + 1 for k, t in plain(source).items()}
+    if wrapping == "dinov2":
+        teacher |= {"dino_head.mlp.0.weight": torch.ones(2), "ibot_head.last_layer.weight_g": torch.ones(2)}
+    else:
+        teacher |= {"head.mlp.0.weight": torch.ones(2), "head.last_layer.weight_g": torch.ones(2)}
+    wrapped = {"student": student, "teacher": teacher, "epoch": 3, "optimizer": {"lr": 1}}
+    fastvr.load_checkpoint(model, teacher if wrapping == "one network" else wrapped)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+def test_a_head_beside_a_backbone_is_not_thrown_away() -> None:
+    state = {f"backbone.{k}": t for k, t in plain(vit(num_classes=0)).items()}
+    with pytest.raises(fastvr.CheckpointError, match="no layout"):
+        fastvr.load_checkpoint(vit(num_classes=0), {**state, "linear_head.weight": torch.ones(5, 32)})
+
+
+def test_wrapped_models_are_filled() -> None:
+    source = vit()
+    nn.init.normal_(source.norm.weight)
+    for wrap in (torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))):
+        model = vit()
+        fastvr.load_checkpoint(wrap(model), plain(source))
+        assert torch.equal(model.norm.weight, source.norm.weight)
+
+
 def test_dtype_device_and_layout_stay() -> None:
     model = small_resnet().bfloat16()
     strides = [t.stride() for t in model.state_dict().values()]
@@ -323,6 +353,10 @@ HOSTILE = {
         lambda s: _header(b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
         "cannot read",
     ),
+    "claims-memory.pt": (
+        lambda s: _saved({**plain(vit()), "head.weight": torch.zeros(1).expand(10**10, 32)}),
+        r"bytes cannot hold head\.weight \[10000000000, 32\]",
+    ),
     "text.pt": (lambda s: b"hello", "cannot read"),
     "empty.pt": (lambda s: b"", "cannot read"),
     "zip.pt": (lambda s: b"PK\x03\x04" + bytes(100), "cannot read"),
@@ -383,6 +417,10 @@ def test_models_it_cannot_fill() -> None:
     state = plain(vit())
     with pytest.raises(ValueError, match="model must be a ViT or ResNet"):
         fastvr.load_checkpoint(nn.Linear(2, 2), state)
+    with pytest.raises(ValueError, match="model must be a ViT or ResNet; got str"):
+        fastvr.load_checkpoint("vit_base_patch16_224", state)
+    with pytest.raises(ValueError, match=r"got a Backbone with others .*before it goes into a Backbone"):
+        fastvr.load_checkpoint(fastvr.Backbone(vit(), 1), state)
     with torch.device("meta"):
         model = vit()
     with pytest.raises(ValueError, match="meta"):
