@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -279,3 +280,20 @@ def _unlaunched() -> Any:
     from fastvr.kernels.common import record_launches
 
     return record_launches(lambda *launch: None)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_threads_share_a_model(kind, short, images, device) -> None:
+    model = short(kind).to(device)
+    batches = [images(2, seed=seed).to(device) for seed in range(4)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    with fastvr.use_backend("triton"):
+        expected = [run(x) for x in batches]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, batches))
+    for y, alone in zip(found, expected, strict=True):
+        assert torch.equal(y, alone)
