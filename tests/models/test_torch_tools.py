@@ -39,6 +39,21 @@ def test_three_batch_sizes_are_one_compilation(kind, mode, short, images, device
                 assert_parity(compiled(x), eager, exact)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_gradients_by_kernels_of_three_batch_sizes_are_one_compilation(
+    kind, training, short, images, device
+) -> None:
+    """Nothing asks for a number where the batch is a symbol; values and gradients have tests of their own."""
+    model = short(kind).to(device).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with fastvr.use_backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (4, 2, 5):
+            compiled(images(n).to(device)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_made_on_meta_and_filled_is_the_model(kind, tiny, images) -> None:
     """Nothing but parameters and buffers has to be brought: no other state is lost on the way."""
