@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -140,11 +141,15 @@ class Model(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         key = (self._moments, x.device, wide)
         kept = self.__dict__.get("_kept_moments")
-        if kept is None or kept[0] != key:
-            # once, not at every call: copies to a GPU would wait for it
-            vectors = tuple(torch.tensor(m, dtype=wide, device=x.device) for m in self._moments)
-            self.__dict__["_kept_moments"] = kept = (key, vectors)
-        mean, std = kept[1]
+        if kept is not None and kept[0] == key:
+            mean, std = kept[1]
+            return mean, std
+        # training may read them later, which takes no tensors of inference mode
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            mean, std = (torch.tensor(m, dtype=wide, device=x.device) for m in self._moments)
+        # once, not at every call: copies to a GPU would wait for it; but a tracer's own tensors end with it
+        if type(mean) is torch.Tensor:
+            self.__dict__["_kept_moments"] = key, (mean, std)
         return mean, std
 
     def changed(self) -> None:

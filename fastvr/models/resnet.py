@@ -111,7 +111,9 @@ class ResNet(Model):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                module.to(memory_format=torch.channels_last)
+                # not by .to(), which takes no fake tensors
+                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight)
             elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
                 last = module.last_norm
                 assert isinstance(last, nn.BatchNorm2d)

@@ -205,7 +205,7 @@ class Op(Generic[_Result]):
         if forward_ad._current_level >= 0:
             # the dispatcher would drop the tangents without a word
             raise NotImplementedError(
-                f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has"
+                f"fastvr.{self.name} has no forward-mode derivative; use_backend('reference') has it{_MATH}"
             )
         if _watched(args):
             return self._operator(args)
@@ -332,7 +332,7 @@ class Op(Generic[_Result]):
     def _refuse_double_backward(self) -> None:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                f"fastvr.{self.name} has no second derivative; use_backend('reference') has every one"
+                f"fastvr.{self.name} has no second derivative; use_backend('reference') has it{_MATH}"
             )
 
     def _backward(self, grad: torch.Tensor, *args_needs: Any) -> list[torch.Tensor]:
@@ -403,6 +403,9 @@ def _watched(args: Iterable[object]) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# PyTorch's own fused attention has a first derivative alone
+_MATH = ", attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 
 
 def _exporting() -> bool:

@@ -99,7 +99,7 @@ class AvgPoolLinearBackwardArguments(NamedTuple):
 def _avg_pool_linear_key(a: AvgPoolLinearBackwardArguments) -> str:
     n, k = a.weight.shape
     sizes = {"n": n, "k": k, "p": a.size[0] * a.size[1]}
-    return tuning.key("avg_pool_linear_backward", a.weight.dtype, m=tuning.bucket(len(a.grad)), **sizes)
+    return tuning.key("avg_pool_linear_backward", a.weight.dtype, m=tuning.bucket(a.grad.shape[0]), **sizes)
 
 
 def _avg_pool_linear_kernel(a: AvgPoolLinearBackwardArguments) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _avg_pool_linear_kernel(a: AvgPoolLinearBackwardArguments) -> torch.Tensor:
     )
 
     device, dtype = a.grad.device, a.weight.dtype
-    shape = (len(a.grad), a.weight.shape[1], *a.size)
+    shape = (a.grad.shape[0], a.weight.shape[1], *a.size)
     dx = backend.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     if dx.numel() == 0:
         return dx
@@ -127,7 +127,8 @@ def _avg_pool_linear_kernel(a: AvgPoolLinearBackwardArguments) -> torch.Tensor:
 
 
 def _avg_pool_linear_fake(a: AvgPoolLinearBackwardArguments) -> torch.Tensor:
-    shape = (len(a.grad), a.weight.shape[1], *a.size)
+    # len() of the gradient would make a number of a compiler's symbol
+    shape = (a.grad.shape[0], a.weight.shape[1], *a.size)
     return torch.empty(shape, dtype=a.weight.dtype, device=a.grad.device, memory_format=torch.channels_last)
 
 

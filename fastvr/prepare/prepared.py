@@ -12,11 +12,12 @@ import torch
 from fastvr import backend
 from fastvr.models._model import Model
 from fastvr.models.features import Backbone
+from fastvr.models.vit import ViT
 from fastvr.ops.cpu.magnitude import without_marks
 from fastvr.ops.cpu.prepared_pass import running
 from fastvr.prepare.cpu import fastest_parts, is_known, pack_weights
 from fastvr.prepare.folded import folded_if_faster
-from fastvr.prepare.graphs import Graphs
+from fastvr.prepare.graphs import Graphs, layout_of
 from fastvr.prepare.measured import measure_unknown
 from fastvr.prepare.snapshot import snapshot_of
 
@@ -64,6 +65,9 @@ class PreparedModel:
     :meth:`refresh` takes the new weights. Who writes into parameters, or changes one submodule, by hand calls
     :meth:`refresh` afterwards. The source is not kept alive; without it the snapshot stays as it is.
 
+    Copies share what was prepared, which nothing writes to, and refresh by themselves; one that is copied
+    together with its source belongs to the source's copy. It cannot be pickled: prepare where it is to run.
+
     The graphs hold the implementations that ran when they were captured: under another ``use_backend`` or
     another autocast the call takes the plain way.
     """
@@ -86,17 +90,18 @@ class PreparedModel:
             raise ValueError(f'prepare: tune must be "quick" or False; got {tune!r}')
         self._source = weakref.ref(model)
         self._name = type(model).__name__
-        self._example = torch.empty_like(example, device="meta")
         self._batch_sizes = _sizes(batch_sizes, example)
         self._tune = tune
         self._lock = threading.Lock()
-        self._prepare(model, example.device, example.dtype)
+        self._prepare(model, torch.empty_like(example, device="meta"), example.device, example.dtype)
 
-    def _prepare(self, model: Model | Backbone, device: torch.device, dtype: torch.dtype) -> None:
+    def _prepare(
+        self, model: Model | Backbone, like: torch.Tensor, device: torch.device, dtype: torch.dtype
+    ) -> None:
         generation = model.generation
         # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            example = torch.zeros_like(self._example, device=device, dtype=dtype)
+            example = torch.zeros_like(like, device=device, dtype=dtype)
             plain = snapshot_of(model)
             if self._tune:
                 measure_unknown(plain, example, self._batch_sizes)
@@ -113,6 +118,7 @@ class PreparedModel:
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation
         self._chosen, self._parts, self._unobserved = chosen, parts, unobserved
+        self._example = like
 
     @property
     def captured(self) -> bool:
@@ -149,7 +155,7 @@ class PreparedModel:
             return self._snapshot(x)
 
     def refresh(self) -> None:
-        """Take the source's weights, device and dtype as they are now, and capture anew.
+        """Take the source's weights, device, dtype and image size as they are now, and capture anew.
 
         Raises:
             RuntimeError: the source is gone.
@@ -160,13 +166,41 @@ class PreparedModel:
             raise RuntimeError("PreparedModel: the model that it was prepared from is gone")
         like = next(source.parameters())
         with self._lock:
-            dtype = like.dtype if self._example.is_floating_point() else self._example.dtype
-            self._prepare(source, like.device, dtype)
+            example = self._example
+            dtype = like.dtype if example.is_floating_point() else example.dtype
+            if (size := _fixed_size(source)) is not None and example.shape[2:] != size:
+                shape = *example.shape[:2], *size
+                layout = layout_of(example)
+                example = torch.empty(shape, dtype=example.dtype, device="meta", memory_format=layout)
+            self._prepare(source, example, like.device, dtype)
+
+    def __copy__(self) -> PreparedModel:
+        other = object.__new__(type(self))
+        other.__dict__ = {**self.__dict__, "_lock": threading.Lock()}
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedModel:
+        other = self.__copy__()
+        source = self._source()
+        if source is not None and id(source) in memo:
+            other._source = weakref.ref(memo[id(source)])
+        return other
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError(
+            "PreparedModel: cannot be pickled: pickle the model, and call prepare() where it is to run"
+        )
 
     def __repr__(self) -> str:
         sizes = "" if self._graphs is None else ", ".join(map(str, self._graphs.batch_sizes))
         how = f"CUDA graphs for batches of {sizes}" if sizes else "no graph"
         return f"PreparedModel({self._name}, {list(self._example.shape)}, {how})"
+
+
+def _fixed_size(source: Model | Backbone) -> tuple[int, int] | None:
+    """Height and width of the images, where it takes no others."""
+    model = source.model if isinstance(source, Backbone) else source
+    return model.img_size if isinstance(model, ViT) and not model.dynamic_img_size else None
 
 
 def _sizes(batch_sizes: Sequence[int] | None, example: torch.Tensor) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class _State:
 
 
 _state = _State()
+_one_at_a_time = threading.RLock()
 
 
 def install(*, bounds: bool = True, poison: bool = True) -> None:
@@ -181,11 +183,13 @@ def _init_args(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
-    previous = (_state.extents, _state.depth, _state.order)
-    try:
-        _triton_launch(self, *args, **kwargs)
-    finally:
-        _state.extents, _state.depth, _state.order = previous
+    # a launch exchanges Triton's own functions for the whole process
+    with _one_at_a_time:
+        previous = (_state.extents, _state.depth, _state.order)
+        try:
+            _triton_launch(self, *args, **kwargs)
+        finally:
+            _state.extents, _state.depth, _state.order = previous
 
 
 def _set_grid_index(self: Any, x: int, y: int, z: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -138,6 +139,69 @@ def test_refresh_takes_weights_written_by_hand(kind, tiny, images) -> None:
         new = model(images())
         assert_parity(prepared(images()), new, truth_model(model)(images().double()))
     assert not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "backbone"])
+def test_refresh_takes_another_input_size(wrapped, layout, tiny_vit, images) -> None:
+    vit = tiny_vit()
+    model = fastvr.Backbone(vit, 1) if wrapped else vit
+    prepared = fastvr.prepare(model, images().to(memory_format=layout))
+    vit.set_input_size((40, 24))
+    with pytest.raises(RuntimeError, match=r"call refresh\(\)"):
+        prepared(images(2, (40, 24)))
+    vit.blocks.train()
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        prepared.refresh()
+    assert "[2, 3, 32, 32]" in repr(prepared)
+    model.eval()
+    prepared.refresh()
+    assert "[2, 3, 40, 24]" in repr(prepared)
+    for n in (2, 3):
+        x = images(n, (40, 24)).to(memory_format=layout)
+        with torch.no_grad():
+            assert_parity(prepared(x), model(x), truth_model(model)(x.double()))
+
+
+def test_a_size_that_is_free_stays_as_it_was_prepared(tiny_vit, images) -> None:
+    model = tiny_vit(dynamic_img_size=True)
+    prepared = fastvr.prepare(model, images(2, 48))
+    prepared.refresh()
+    assert "[2, 3, 48, 48]" in repr(prepared)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_copies_share_what_is_there_and_refresh_by_themselves(kind, duplicate, tiny, images, device) -> None:
+    model, x = tiny(kind).to(device), images().to(device)
+    prepared = fastvr.prepare(model, x)
+    expected = prepared(x)
+    other = duplicate(prepared)
+    assert torch.equal(other(x), expected)
+    model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()})
+    for stale in (prepared, other):
+        with pytest.raises(RuntimeError, match=r"call refresh\(\)"):
+            stale(x)
+    other.refresh()
+    assert not torch.equal(other(x), expected)
+    with pytest.raises(RuntimeError, match=r"call refresh\(\)"):
+        prepared(x)
+
+
+def test_a_copy_together_with_its_source_is_the_copys(tiny_vit, images) -> None:
+    pair = [model := tiny_vit(), fastvr.prepare(model, images())]
+    other, prepared = copy.deepcopy(pair)
+    model.train()
+    expected = prepared(images())
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    prepared.refresh()
+    torch.testing.assert_close(prepared(images()), expected + 1)
+
+
+def test_it_says_that_it_cannot_be_pickled(tiny_vit, images) -> None:
+    with pytest.raises(TypeError, match=r"PreparedModel: cannot be pickled.*call prepare\(\) where"):
+        pickle.dumps(fastvr.prepare(tiny_vit(), images()))
 
 
 def test_a_failed_refresh_leaves_the_snapshot(tiny_vit, images) -> None:

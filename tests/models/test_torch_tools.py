@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from observed import assert_same, observe
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -36,6 +39,21 @@ def test_three_batch_sizes_are_one_compilation(kind, mode, short, images, device
                 assert_parity(compiled(x), eager, exact)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_gradients_by_kernels_of_three_batch_sizes_are_one_compilation(
+    kind, training, short, images, device
+) -> None:
+    """Nothing asks for a number where the batch is a symbol; values and gradients have tests of their own."""
+    model = short(kind).to(device).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with fastvr.use_backend("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (4, 2, 5):
+            compiled(images(n).to(device)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_made_on_meta_and_filled_is_the_model(kind, tiny, images) -> None:
     """Nothing but parameters and buffers has to be brought: no other state is lost on the way."""
@@ -52,6 +70,16 @@ def test_made_on_meta_and_filled_is_the_model(kind, tiny, images) -> None:
     with torch.no_grad():
         for each in (model, assigned):
             assert torch.equal(each(images()), expected(images()))
+
+
+def test_a_resnet_is_made_and_trained_of_fake_tensors() -> None:
+    """A ViT is not, nor timm's: PyTorch's ``trunc_normal_`` looks at what it drew."""
+    with FakeTensorMode():
+        model = fastvr.create_model("resnet18d", num_classes=7)
+        y = model(torch.empty(2, 3, 64, 64))
+        y.sum().backward()
+    assert y.shape == (2, 7)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize("mode", ["reference", "triton"])
@@ -114,6 +142,37 @@ def test_gradients_of_each_sample(kind, tiny, images, device) -> None:
         for given in (found, assumed):
             mine = {name: gradient[i] for name, gradient in given.items()}
             assert_parity(mine, expected[model], expected[truth], kind="gradient", sample_dim=None)
+
+
+def test_second_derivatives_where_the_message_says(tiny_vit, tiny_timm, images, device) -> None:
+    """Of a gradient penalty, and forward-mode derivatives."""
+    theirs, model = tiny_timm(depth=1).to(device), tiny_vit(depth=1).to(device)
+    model.load_state_dict(theirs.state_dict())
+    truth, x = truth_model(theirs), images().to(device)
+
+    def penalty(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def tangent(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(model, (x,), (x.flip(0),))[1]
+
+    model.requires_grad_(False)
+    with fastvr.use_backend("triton"):
+        for derivative, which in ((penalty, "second"), (tangent, "forward-mode")):
+            message = (
+                rf"no {which} derivative; use_backend\('reference'\) has it.*sdpa_kernel\(SDPBackend.MATH"
+            )
+            with pytest.raises(NotImplementedError, match=message):
+                derivative(model, x)
+    model.requires_grad_(True)
+    with fastvr.use_backend("reference"), sdpa_kernel(SDPBackend.MATH):
+        assert_parity(tangent(model, x), tangent(theirs, x), tangent(truth, x.double()))
+        found, expected, exact = penalty(model, x), penalty(theirs, x), penalty(truth, x.double())
+        assert found.keys() == expected.keys()
+        assert_parity(found, expected, exact, kind="gradient", sample_dim=None)
 
 
 def _out_of_place(model: nn.Module) -> nn.Module:
@@ -236,3 +295,20 @@ def _unlaunched() -> Any:
     from fastvr.kernels.common import record_launches
 
     return record_launches(lambda *launch: None)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_threads_share_a_model(kind, short, images, device) -> None:
+    model = short(kind).to(device)
+    batches = [images(2, seed=seed).to(device) for seed in range(4)]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    with fastvr.use_backend("triton"):
+        expected = [run(x) for x in batches]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, batches))
+    for y, alone in zip(found, expected, strict=True):
+        assert torch.equal(y, alone)

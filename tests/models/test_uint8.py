@@ -179,6 +179,28 @@ def test_gradients_reach_the_weights(kind, training, tiny) -> None:
     assert_parity(*grads, kind="gradient", sample_dim=None)
 
 
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_an_exported_model_runs_on(kind, short) -> None:
+    """Nothing of what a tracer made stays in the model: its tensors hold no numbers."""
+    model, x = short(kind).normalize_images(MEAN, STD), pixels()
+    with fastvr.use_backend("reference"), torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        program = torch.export.export(model, (x,), strict=False)
+        assert type(model(x)) is torch.Tensor
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(program.module()(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bottleneck"])
+def test_inference_mode_leaves_nothing_that_training_cannot_read(kind, tiny, device) -> None:
+    model, x = tiny(kind).to(device).normalize_images(MEAN, STD), pixels().to(device)
+    with fastvr.use_backend("triton"):
+        with torch.inference_mode():
+            model(x)
+        model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_input(kind, tiny) -> None:
     model = tiny(kind)
