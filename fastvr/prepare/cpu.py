@@ -43,12 +43,12 @@ _LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 9, 0.05
 # of a float32 sum, where oneDNN's alone is not exact enough: half of its error remains
 _MOST_TERMS = 768
 
-# of a ResNet run in parts: how many images at once and on how many of them that is measured
-_STAGES_IN_PARTS, _IMAGES_AT_ONCE, _MEASURED_IMAGES = 2, (1, 2, 4), 8
+# of a ResNet run in parts: how many images at once, on how many of them and how often that is measured
+_STAGES_IN_PARTS, _IMAGES_AT_ONCE, _MEASURED_IMAGES, _PARTS_ROUNDS = 2, (2, 4), 8, 6
 
 # the share of the first one's time that another call may take at most: it must earn the memory of the second
 # layout; Winograd's form moves so many numbers that the calls around it find less of theirs in the cache
-_SHARE, _WINOGRAD_SHARE = 0.97, 0.92
+_SHARE, _WINOGRAD_SHARE = 0.97, 0.85
 
 
 def pack_weights(model: nn.Module, example: torch.Tensor) -> frozenset[Hashable]:
@@ -93,8 +93,9 @@ def fastest_parts(model: nn.Module, example: torch.Tensor, chosen: frozenset[Has
         with running(images, chosen, parts), torch.no_grad():
             model(images)
 
+    calls = [functools.partial(run, candidate) for candidate in parts]
     # nothing else is spent on it
-    return parts[_fastest([functools.partial(run, candidate) for candidate in parts], 0.99)]
+    return parts[_fastest(calls, share=1.0, rounds=_PARTS_ROUNDS)]
 
 
 def _images_like(example: torch.Tensor) -> torch.Tensor:
@@ -238,8 +239,8 @@ def _choose(
         if right:
             calls = [functools.partial(run, a, made[i]) for i in right]
             if eager is not None:
-                return [None, *right][_fastest([eager, *calls], share)]
-            return right[_fastest(calls, share) if len(right) > 1 else 0]
+                return [None, *right][_fastest([eager, *calls], share=share)]
+            return right[_fastest(calls, share=share) if len(right) > 1 else 0]
     return None
 
 
@@ -283,13 +284,15 @@ def _holds_parity(
     return report.passed
 
 
-def _fastest(calls: Sequence[Callable[[], object]], share: float = _SHARE) -> int:
+def _fastest(
+    calls: Sequence[Callable[[], object]], share: float = _SHARE, rounds: int = _LEAST_ROUNDS
+) -> int:
     """The index of the call whose shortest run is the shortest; 0 unless one takes ``share`` of its time."""
     for call in calls:
         call()
     best, end = [math.inf] * len(calls), time.perf_counter() + _SECONDS
     for done in range(_ROUNDS):
-        if done >= _LEAST_ROUNDS and time.perf_counter() > end:
+        if done >= rounds and time.perf_counter() > end:
             break
         for i, call in enumerate(calls):
             start = time.perf_counter()

@@ -108,7 +108,7 @@ def test_only_a_prepared_pass_that_chose_it_takes_it() -> None:
 
 @pytest.mark.parametrize("faster", [False, True])
 def test_a_prepared_vit_takes_what_was_faster(faster, monkeypatch, tiny_vit, images) -> None:
-    monkeypatch.setattr(cpu, "_fastest", lambda calls, share=1.0: len(calls) - 1 if faster else 0)
+    monkeypatch.setattr(cpu, "_fastest", lambda calls, **given: len(calls) - 1 if faster else 0)
     model = tiny_vit().bfloat16()
     prepared = fastvr.prepare(model, images().bfloat16())
     for n in (1, 2, 5):
@@ -121,7 +121,7 @@ def test_a_prepared_vit_takes_what_was_faster(faster, monkeypatch, tiny_vit, ima
 
 
 def test_what_breaks_the_parity_rule_cannot_win(monkeypatch, tiny_vit, images) -> None:
-    monkeypatch.setattr(cpu, "_fastest", lambda calls, share=1.0: len(calls) - 1)
+    monkeypatch.setattr(cpu, "_fastest", lambda calls, **given: len(calls) - 1)
     right = onednn_attention.attention
     monkeypatch.setattr(onednn_attention, "attention", lambda *args, **given: right(*args, **given) * 1.05)
     prepared = fastvr.prepare(tiny_vit().bfloat16(), images().bfloat16())

@@ -30,7 +30,7 @@ def choose(monkeypatch):
     """Lets the candidate of the given index win, 0 being PyTorch, where the parity rule allows it."""
 
     def pick(index: int) -> None:
-        def fastest(calls, share=1.0):
+        def fastest(calls, **given):
             for call in calls:
                 call()
             return min(index, len(calls) - 1)
@@ -179,7 +179,7 @@ def test_the_faster_call_wins() -> None:
     assert cpu._fastest([slow, fast]) == 1
     assert cpu._fastest([fast, slow]) == 0
     assert cpu._fastest([slow]) == 0
-    assert cpu._fastest([slow, fast], 0.0) == 0
+    assert cpu._fastest([slow, fast], share=0.0) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
