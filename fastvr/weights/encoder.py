@@ -7,6 +7,7 @@ the module was built without ``batch_first=True`` and fed with [B, N, D], it ran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -41,6 +42,8 @@ def family(keys: Collection[str]) -> str | None:
 
 def rename(key: str) -> Slot:
     """fastvr's name for ``key``; an unknown key stays as it is."""
+    # the convolution may be the module itself
+    key = re.sub(r"^patch_embed\.(weight|bias)$", r"patch_embed.proj.\1", key)
     return _NAMES.rename(key.replace(".in_proj_", ".in_proj.")) or key
 
 

@@ -81,6 +81,15 @@ def test_every_layout_gives_its_own_librarys_numbers(kind, where, make_peer, tmp
     same_function(model, peer)
 
 
+def test_a_plain_vit_whose_patch_embedding_is_the_convolution_itself(make_peer) -> None:
+    peer = make_peer("encoder")
+    state = {k.replace("patch_embed.proj.", "patch_embed."): v for k, v in peer.state_dict().items()}
+    assert "patch_embed.weight" in state
+    same_function(fastvr.load_model(state, num_heads=2), peer)
+    with pytest.raises(fastvr.CheckpointError, match="twice"):
+        fastvr.load_model({**state, "patch_embed.proj.weight": state["patch_embed.weight"]})
+
+
 def test_the_tower_of_a_whole_clip(tmp_path) -> None:
     """Its text tower is named as of no use; its configuration lies one level deeper."""
     transformers = pytest.importorskip("transformers")
