@@ -147,23 +147,23 @@ class ResNet(Model):
         moments = self.image_moments(x, dtype)
         moves = Moves()
         maps: list[torch.Tensor] = []
-        stages, done = (self.layer1, self.layer2, self.layer3, self.layer4), 0
-        pooled, run = (self.conv1, self.bn1, self.relu, self.maxpool), current()
-        if run is not None and run.parts is not None and not taken and last == 4:
-            done = run.parts.stages
-            made = []
-            for part in x.split(run.parts.images(x)):
-                y = stem(*pooled, part, *moments, dtype)
-                for stage in stages[:done]:
-                    y = run_stage(stage, y)
-                made.append(y)
-            x = made[0] if len(made) == 1 else carry_on(made, torch.cat(made))
-        elif 0 in taken:
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        done, run = 0, current()
+        parts = None if run is None or taken or last < 4 else run.parts
+        if 0 in taken:
             x = stem_map(self.conv1, self.bn1, self.relu, x, *moments, dtype)
             maps.append(x)
             x = pool_map(self.maxpool, x)
+        elif parts is not None and parts.images(x) < len(x):
+            done, made = parts.stages, []
+            for part in x.split(parts.images(x)):
+                y = stem(self.conv1, self.bn1, self.relu, self.maxpool, part, *moments, dtype)
+                for stage in stages[:done]:
+                    y = run_stage(stage, y)
+                made.append(y)
+            x = carry_on(made, torch.cat(made))
         else:
-            x = stem(*pooled, x, *moments, dtype, moves)
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x, *moments, dtype, moves)
         for i, stage in enumerate(stages[done:last], done + 1):
             if self.grad_checkpointing and torch.is_grad_enabled() and plain(stage, nn.Sequential):
                 moves.apply()
