@@ -111,9 +111,9 @@ class ResNet(Model):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                # not by .to(), which takes no fake tensors
-                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-                module.weight = nn.Parameter(weight)
+                # not .to(), which takes no fake tensors, nor .contiguous(), for which 1x1 weights are both
+                weight = torch.empty_like(module.weight, memory_format=torch.channels_last)
+                module.weight = nn.Parameter(weight.copy_(module.weight.detach()))
             elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
                 last = module.last_norm
                 assert isinstance(last, nn.BatchNorm2d)

@@ -62,6 +62,9 @@ def test_convolutions_lie_in_channels_last(tiny_resnet) -> None:
     for module in moved.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            # of 1x1 weights both are true, and PyTorch goes by the strides
+            expected = torch.empty_like(module.weight, memory_format=torch.channels_last)
+            assert module.weight.stride() == expected.stride()
 
 
 def test_initial_weights_are_torchvisions_distribution() -> None:
