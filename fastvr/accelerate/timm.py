@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar
 
 import torch
@@ -281,16 +282,13 @@ class TimmResNet(Accelerated):
         return MAPS
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        if getattr(self, "grad_checkpointing", False) and not torch.compiler.is_compiling():
+        checkpointing = getattr(self, "grad_checkpointing", False)
+        if checkpointing or not takes_map(x, next(_convs(self.conv1), self.conv1)):
             # a block that is made again stops at the last tensor that its gradient needs: timm's own does so
             # behind its BatchNorms, a fused one before their running statistics move the second time
-            with set_checkpoint_early_stop(False):
+            whole = checkpointing and not torch.compiler.is_compiling()
+            with set_checkpoint_early_stop(False) if whole else contextlib.nullcontext():
                 y: torch.Tensor = super().forward_features(x)  # type: ignore[misc]
-            return y
-        if getattr(self, "grad_checkpointing", False) or not takes_map(
-            x, next(_convs(self.conv1), self.conv1)
-        ):
-            y = super().forward_features(x)  # type: ignore[misc]
             return y
         x = stem(self.conv1, self.bn1, self.act1, self.maxpool, x, None, None, x.dtype)
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -108,12 +108,10 @@ class PreparedModel:
             snapshot = folded_if_faster(plain, example)
             # a wrong example ends here, before anything is kept
             snapshot(example)
-            chosen, parts = frozenset[Hashable](), None
-            unobserved = device.type == "cpu" and is_known(snapshot)
-            if device.type == "cpu":
-                chosen = pack_weights(snapshot, example)
-            if unobserved:
-                parts = fastest_parts(snapshot, example, chosen)
+            on_cpu = device.type == "cpu"
+            unobserved = on_cpu and is_known(snapshot)
+            chosen = pack_weights(snapshot, example) if on_cpu else frozenset()
+            parts = fastest_parts(snapshot, example, chosen) if unobserved else None
             wanted = device.type == "cuda" and self._batch_sizes
             graphs = Graphs(snapshot, example, self._batch_sizes) if wanted else None
         self._snapshot, self._graphs, self._generation = snapshot, graphs, generation
