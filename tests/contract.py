@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from fastvr.backend import use_backend
+from fastvr.ops.cpu import mkldnn
 from fastvr.testing import assert_parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GRID = SimpleNamespace(
     architectures=["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"],
 )
+
+needs_onednn = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
 
 
 def triton_forced() -> use_backend:

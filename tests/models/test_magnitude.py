@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from contract import randn
+from contract import needs_onednn, randn
 from torch import nn
 
 import fastvr
@@ -17,7 +17,7 @@ from fastvr.ops.cpu import magnitude, mkldnn, winograd
 from fastvr.ops.cpu.prepared_pass import current, running
 from fastvr.testing import assert_parity, truth_model
 
-pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
+pytestmark = needs_onednn
 DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if mkldnn.supports(d)]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import needs_onednn
 
 import fastvr
 from fastvr import backend
-from fastvr.ops.cpu import mkldnn, positive_pool
+from fastvr.ops.cpu import positive_pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,7 +34,7 @@ def test_it_is_pytorchs(shape, dtype) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
+@needs_onednn
 @pytest.mark.parametrize("change", ["", "window", "activation", "nan", "infinity"])
 def test_only_the_stem_of_a_prepared_model_whose_numbers_are_finite(
     change, tiny_resnet, images, monkeypatch

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from contract import needs_onednn
 
 import fastvr
 from fastvr import backend
@@ -17,7 +18,7 @@ from fastvr.prepare import cpu
 from fastvr.testing import assert_parity, truth_model
 
 KINDS = ["vit", "basic", "bottleneck"]
-pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
+pytestmark = needs_onednn
 
 
 @pytest.fixture(autouse=True)

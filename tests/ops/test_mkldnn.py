@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from contract import randn
+from contract import needs_onednn, randn
 
 from fastvr import backend
 from fastvr.ops.conv_bn_relu import conv_bn_relu
@@ -17,7 +17,7 @@ from fastvr.reference.conv_bn_relu import conv_bn_relu as conv_reference
 from fastvr.reference.linear import linear as linear_reference
 from fastvr.testing import GELU_TAIL, assert_parity
 
-pytestmark = pytest.mark.skipif(mkldnn.missing() is not None, reason=str(mkldnn.missing()))
+pytestmark = needs_onednn
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16, torch.float16) if mkldnn.supports(d)]
 ACTS = ["none", "relu", "gelu", "gelu_tanh"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import randn
+from contract import needs_onednn, randn
 
 from fastvr import backend
 from fastvr.ops.conv_bn_relu import conv_bn_relu
 from fastvr.ops.cpu import mkldnn, winograd
 from fastvr.reference.conv_bn_relu import conv_bn_relu as reference
 from fastvr.testing import assert_parity
+
+pytestmark = needs_onednn
 
 
 @pytest.fixture(autouse=True)

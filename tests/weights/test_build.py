@@ -12,6 +12,7 @@ import timm
 import torch
 from outputs import Output
 from safetensors.torch import load_file, save_file
+from tiny import TINY_VIT
 from torch import nn
 
 import fastvr
@@ -20,7 +21,6 @@ from fastvr.models.vit_distilled import DistilledViT
 from fastvr.testing import assert_parity, truth_model
 from fastvr.verify import verify
 
-TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "encoder": {"num_heads": 2},
     "timm-vit": {"num_heads": 2, "no_embed_class": False},
@@ -135,11 +135,11 @@ def test_round_trips_are_exact(layout, kind, make_peer, tmp_path) -> None:
 def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
     out = tmp_path / "out"
     encoder = fastvr.load_model(write(make_peer("encoder"), "encoder", tmp_path), num_heads=2)
-    registers = fastvr.ViT(**TIMM, reg_tokens=2, init_values=0.1)
-    normed = fastvr.ViT(**TIMM, qk_norm=True)
+    registers = fastvr.ViT(**TINY_VIT, reg_tokens=2, init_values=0.1)
+    normed = fastvr.ViT(**TINY_VIT, qk_norm=True)
     narrow = fastvr.create_model("resnet18", width=16)
     deep = fastvr.create_model("resnet18d")
-    scaled_eps = fastvr.ViT(**TIMM, norm_eps=1e-12)
+    scaled_eps = fastvr.ViT(**TINY_VIT, norm_eps=1e-12)
     for model, layout, message in (
         (encoder, "timm", "post-norm"),
         (encoder, "torchvision", "eps 1e-06"),
@@ -159,11 +159,11 @@ def test_what_a_layout_cannot_hold_is_refused(make_peer, tmp_path) -> None:
             fastvr.save_model(model, out, layout)
         assert not out.exists()
     with pytest.raises(ValueError, match="path must be a folder"):
-        fastvr.save_model(fastvr.ViT(**TIMM), tmp_path / "w.safetensors", "transformers")
+        fastvr.save_model(fastvr.ViT(**TINY_VIT), tmp_path / "w.safetensors", "transformers")
 
 
 def test_a_single_file_holds_its_configuration(tmp_path) -> None:
-    model = fastvr.ViT(**{**TIMM, "num_heads": 4}, act="gelu_tanh", no_embed_class=True).eval()
+    model = fastvr.ViT(**{**TINY_VIT, "num_heads": 4}, act="gelu_tanh", no_embed_class=True).eval()
     model.preprocessing = Preprocessing(32, 36, (0.5,) * 3, (0.5,) * 3, "bicubic")
     path = fastvr.save_model(model, tmp_path / "w.safetensors")
     again = fastvr.load_model(path)
@@ -178,7 +178,7 @@ def test_a_single_file_holds_its_configuration(tmp_path) -> None:
     fastvr.save_model(model, tmp_path / "w.pt")
     assert torch.load(tmp_path / "w.pt", weights_only=True).keys() == model.state_dict().keys()
     timm.models.vision_transformer.VisionTransformer(
-        **{**TIMM, "num_heads": 4}, no_embed_class=True
+        **{**TINY_VIT, "num_heads": 4}, no_embed_class=True
     ).load_state_dict(load_file(path))
 
 
@@ -222,7 +222,7 @@ def test_clips_weights_alone(tmp_path, caplog) -> None:
 
 
 def test_a_missing_last_norm_is_no_guess(tmp_path) -> None:
-    model = fastvr.ViT(**TIMM, final_norm=False).eval()
+    model = fastvr.ViT(**TINY_VIT, final_norm=False).eval()
     x = torch.randn(2, 3, 32, 32)
     again = fastvr.load_model(fastvr.save_model(model, tmp_path / "radio"))
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_missing_last_norm_is_no_guess(tmp_path) -> None:
 
 
 def test_siglips_weights_alone(tmp_path, caplog) -> None:
-    model = fastvr.ViT(**TIMM, class_token=False, global_pool="map", act="gelu_tanh").eval()
+    model = fastvr.ViT(**TINY_VIT, class_token=False, global_pool="map", act="gelu_tanh").eval()
     save_file(dict(model.state_dict()), tmp_path / "siglip.safetensors")
     with caplog.at_level(logging.WARNING, "fastvr"):
         fastvr.load_model(tmp_path / "siglip.safetensors", num_heads=2)
@@ -253,7 +253,7 @@ def test_siglips_weights_alone(tmp_path, caplog) -> None:
 
 def test_timms_configuration_decides(tmp_path) -> None:
     model = fastvr.ViT(
-        **{**TIMM, "patch_size": 16}, act="gelu_tanh", class_token=False, global_pool="avg", fc_norm=False
+        **{**TINY_VIT, "patch_size": 16}, act="gelu_tanh", class_token=False, global_pool="avg", fc_norm=False
     )
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     config: dict[str, Any] = {
@@ -340,7 +340,7 @@ def test_another_number_of_classes(make_peer, tmp_path, caplog) -> None:
     "variant", [{}, {"no_embed_class": True, "reg_tokens": 4}], ids=["plain", "registers"]
 )
 def test_another_image_size(variant, tmp_path) -> None:
-    theirs = timm.models.vision_transformer.VisionTransformer(**TIMM, **variant).eval()
+    theirs = timm.models.vision_transformer.VisionTransformer(**TINY_VIT, **variant).eval()
     nn.init.normal_(theirs.pos_embed)
     save_file(dict(theirs.state_dict()), tmp_path / "w.safetensors")
     overrides = {"num_heads": 2, "no_embed_class": variant.get("no_embed_class", False)}
@@ -383,7 +383,7 @@ def test_what_a_checkpoint_does_not_say(make_peer, tmp_path, caplog) -> None:
             }
             | {"layer1.0.conv1.weight": torch.ones(64, 64, 3, 3)}
         )
-    wide = fastvr.ViT(**{**TIMM, "embed_dim": 128})
+    wide = fastvr.ViT(**{**TINY_VIT, "embed_dim": 128})
     save_file(dict(wide.state_dict()), tmp_path / "w.safetensors")
     with caplog.at_level(logging.WARNING, "fastvr"):
         fastvr.load_model(tmp_path / "w.safetensors")

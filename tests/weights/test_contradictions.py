@@ -9,17 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY_VIT
 
 import fastvr
-
-TIMM: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 5,
-}
 
 
 def configure(folder: Path, **changes: Any) -> Path:
@@ -62,7 +54,7 @@ def test_what_agrees_in_another_form_is_taken(make_peer, tmp_path) -> None:
 def test_a_last_block_that_is_missing_is_missed(layout, tmp_path) -> None:
     """Nothing but the configuration tells."""
     norm_eps = 1e-6 if layout == "timm" else 1e-12
-    folder = fastvr.save_model(fastvr.ViT(**TIMM, norm_eps=norm_eps), tmp_path / "out", layout)
+    folder = fastvr.save_model(fastvr.ViT(**TINY_VIT, norm_eps=norm_eps), tmp_path / "out", layout)
     state = load_file(folder / "model.safetensors")
     last = "blocks.1." if layout == "timm" else ".layer.1."
     save_file({name: t for name, t in state.items() if last not in name}, folder / "model.safetensors")
@@ -81,7 +73,7 @@ def test_a_resnets_missing_block_is_missed(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["head.weight", "blocks.0.mlp.fc1.weight", "pos_embed", "cls_token"])
 def test_memory_that_a_small_file_claims_is_not_taken(name, tmp_path) -> None:
     """Of a tensor without elements the other dimensions cost nothing to write."""
-    state = fastvr.ViT(**TIMM).state_dict()
+    state = fastvr.ViT(**TINY_VIT).state_dict()
     many = 10**12
     claimed = (many, 0) if state[name].dim() == 2 else (1, many, 0)
     save_file({**state, name: torch.zeros(claimed)}, tmp_path / "w.safetensors")

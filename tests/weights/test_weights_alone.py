@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import pytest
 import timm
 import torch
+from tiny import TINY_VIT
 from torch import nn
 
 import fastvr
 from fastvr.testing import assert_parity, truth_model
 
-TIMM: dict[str, Any] = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 5,
-}
-
 
 @pytest.mark.parametrize("no_embed_class", [False, True])
 def test_oblong_images_of_weights_alone(no_embed_class) -> None:
     """3 x 5 patches and a class token make 16 positions, which are not those of 4 x 4 patches."""
-    sizes = {**TIMM, "img_size": (24, 40), "no_embed_class": no_embed_class}
+    sizes = {**TINY_VIT, "img_size": (24, 40), "no_embed_class": no_embed_class}
     theirs = timm.models.vision_transformer.VisionTransformer(**sizes).eval()
     nn.init.normal_(theirs.pos_embed)
     model = fastvr.load_model(theirs.state_dict(), num_heads=2, img_size=(24, 40))
@@ -41,10 +32,10 @@ def test_oblong_images_of_weights_alone(no_embed_class) -> None:
 
 def test_square_images_in_oblong_patches_of_weights_alone() -> None:
     """8 of them and a class token, which are not 3 x 3 patches either."""
-    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16)}).state_dict()
+    state = fastvr.ViT(**{**TINY_VIT, "patch_size": (8, 16)}).state_dict()
     model = fastvr.load_model(state, num_heads=2)
     assert (model.img_size, model.no_embed_class) == ((32, 32), False)
-    state = fastvr.ViT(**{**TIMM, "patch_size": (8, 16), "img_size": (32, 64)}).state_dict()
+    state = fastvr.ViT(**{**TINY_VIT, "patch_size": (8, 16), "img_size": (32, 64)}).state_dict()
     assert fastvr.load_model(state, num_heads=2).img_size == (32, 64)
 
 
